@@ -1,0 +1,1 @@
+"""Images and annotations: ``decode``, ``transforms``, ``coco``, ``loader`` and the ``synthetic`` scenes."""

@@ -1,0 +1,106 @@
+"""Batches for training, a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sparse_rcnn.data.decode import ImageError
+
+
+def train_batches(
+    dataset: Dataset,
+    transform: Callable[[Tensor, dict, torch.Generator], tuple[Tensor, dict]],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+    """Endless batches of transformed images. Every epoch visits every image once, in an order of its own.
+
+    The batch of a step, augmentation included, depends on the data, the batch size, the seed and the step alone:
+    starting at ``start_step`` gives what an uninterrupted run would have seen, with any number of workers.
+
+    Args:
+        dataset: items (image uint8 [3, H, W], target).
+        transform: as :class:`~sparse_rcnn.data.transforms.TrainTransform`.
+        batch_size: images a batch; a batch may span two epochs.
+        seed: non-negative.
+        start_step: first step, from 0.
+        workers: processes that load; 0 loads in this one.
+
+    Raises:
+        ValueError: the data set is empty or an argument is out of range.
+        ImageError: from the iterator, when an image cannot be decoded; the message names it.
+    """
+    if len(dataset) == 0:
+        raise ValueError("dataset: expected at least one image, got none")
+    for name, value, least in (
+        ("batch_size", batch_size, 1), ("seed", seed, 0), ("start_step", start_step, 0), ("workers", workers, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    loader = DataLoader(
+        _Samples(dataset, transform, seed),
+        batch_sampler=_Order(len(dataset), batch_size, seed, start_step),
+        num_workers=workers,
+        collate_fn=_collate,
+    )
+    return _raising(loader)
+
+
+def _raising(loader: DataLoader) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
+    for batch in loader:
+        if isinstance(batch, ImageError):
+            raise batch
+        yield batch
+
+
+def _collate(samples: list[tuple[Tensor, dict] | ImageError]) -> tuple[list[Tensor], list[dict]] | ImageError:
+    """Separate images from targets; an error goes through as a value, for a worker would wrap it in a traceback."""
+    for sample in samples:
+        if isinstance(sample, ImageError):
+            return sample
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+class _Order:
+    """Endless batches of (position in the run, image index)."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int) -> None:
+        self.num_images, self.batch_size, self.seed, self.start_step = num_images, batch_size, seed, start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        position, epoch, order = self.start_step * self.batch_size, -1, None
+        while True:
+            batch = []
+            for _ in range(self.batch_size):
+                if position // self.num_images != epoch:
+                    epoch = position // self.num_images
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+                batch.append((position, int(order[position % self.num_images])))
+                position += 1
+            yield batch
+
+
+class _Samples(Dataset):
+    """Transformed samples by (position, index); the position, with the seed, decides the augmentation."""
+
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict] | ImageError:
+        position, index = key
+        try:
+            image, target = self.dataset[index]
+        except ImageError as error:
+            return error
+        # The 1 keeps these streams apart from those of the epochs' orders.
+        state = np.random.SeedSequence([self.seed, position, 1]).generate_state(1, dtype=np.uint64)
+        return self.transform(image, target, torch.Generator().manual_seed(int(state[0] >> 1)))

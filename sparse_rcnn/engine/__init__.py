@@ -1,0 +1,6 @@
+"""Training and evaluation: the loop, the optimizer's recipe, checkpoints, logs and COCO metrics."""
+
+from sparse_rcnn.engine.evaluator import EvalResult, evaluate
+from sparse_rcnn.engine.trainer import TrainConfig, Trainer, TrainingError
+
+__all__ = ["EvalResult", "TrainConfig", "Trainer", "TrainingError", "evaluate"]

@@ -1,0 +1,86 @@
+"""The model that a training run starts from: a preset with ImageNet weights, or a checkpoint to fine-tune."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparse_rcnn.engine.checkpoint import load_finetune_weights
+from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
+from sparse_rcnn.models.backbone import load_backbone_weights
+
+if TYPE_CHECKING:
+    from sparse_rcnn.engine.trainer import TrainConfig
+
+
+def build_model(config: TrainConfig, class_names: Sequence[str]) -> tuple[SparseRCNN, list[str]]:
+    """The model of ``config`` for ``class_names``, and a line for each thing its user should know.
+
+    With ``config.weights`` the checkpoint gives configuration and weights. Its class layers are kept if it has the
+    same classes in the same order (or the same number, where it has no names), and start anew otherwise; everything
+    else must fit.
+
+    Raises:
+        ValueError: an unknown preset, field or backbone, or weights that do not fit.
+    """
+    overrides = {name: parse_field(value) for name, value in config.set.items()}
+    fixed = [name for name in ("num_classes", "class_names") if name in overrides]
+    if fixed:
+        raise ValueError(f"set: {fixed[0]} comes from the data set and cannot be set")
+    if config.weights is not None:
+        if config.backbone is not None:
+            raise ValueError("backbone: cannot be given with weights, which bring their own")
+        return _fine_tuned(config.weights, tuple(class_names), overrides)
+    if config.backbone is not None:
+        overrides["backbone"] = config.backbone
+    preset = SparseRCNNConfig.preset(config.preset)
+    model = SparseRCNN(_with_classes(preset, tuple(class_names), overrides))
+    return model, _load_backbone(model, config.backbone_weights)
+
+
+def parse_field(value: Any) -> Any:
+    """The value of a command-line ``key=value``: JSON where it is JSON, else the text itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _with_classes(
+    config: SparseRCNNConfig, class_names: tuple[str, ...], overrides: dict[str, Any]
+) -> SparseRCNNConfig:
+    values = {**config.to_dict(), **overrides, "num_classes": len(class_names), "class_names": class_names}
+    return SparseRCNNConfig.from_dict(values)
+
+
+def _fine_tuned(path: str, class_names: tuple[str, ...], overrides: dict[str, Any]) -> tuple[SparseRCNN, list[str]]:
+    from sparse_rcnn.weights import load_pretrained
+
+    source, state_dict = load_pretrained(path)
+    model = SparseRCNN(_with_classes(source, class_names, overrides))
+    if source.class_names is None:
+        same = source.num_classes == len(class_names)
+    else:
+        same = tuple(source.class_names) == class_names
+    fresh = load_finetune_weights(model, state_dict, reset_classes=not same)
+    notes = [f"fine-tuning {path}"]
+    if fresh:
+        notes.append(
+            f"class_logits re-initialised in {model.config.num_stages} stages: {source.num_classes} classes in the "
+            f"weights, {len(class_names)} {'others ' if source.num_classes == len(class_names) else ''}in the data"
+        )
+    return model, notes
+
+
+def _load_backbone(model: SparseRCNN, source: str) -> list[str]:
+    if source == "none":
+        return [f"backbone {model.config.backbone}: random weights"]
+    try:
+        return [f"backbone {model.config.backbone}: {load_backbone_weights(model.backbone, source)}"]
+    except ValueError as error:
+        if source != "auto":
+            raise
+        return [f"warning: backbone {model.config.backbone} starts from random weights ({error})"]

@@ -1,0 +1,74 @@
+"""AdamW and the learning-rate schedule of the Sparse R-CNN recipe (section 4.1 of the paper, detectron2's solver)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, backbone_lr_factor: float = 1.0, weight_decay: float = 1e-4
+) -> list[dict]:
+    """Split the trainable parameters into the backbone's body and everything else.
+
+    Frozen parameters are left out. Weight decay applies to every parameter, norms and biases included, as in the
+    official code. The FPN counts as part of the detector: it never has pretrained weights of its own.
+
+    Args:
+        model: a detector whose feature extractor is called ``backbone.body``.
+        lr: base learning rate.
+        backbone_lr_factor: multiplies ``lr`` for ``backbone.body``.
+        weight_decay: AdamW's decoupled weight decay.
+
+    Returns:
+        Groups for a torch optimizer, each with ``name``, ``params``, ``lr``, ``base_lr`` and ``weight_decay``.
+
+    Raises:
+        ValueError: no parameter is trainable.
+    """
+    backbone, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (backbone if name.startswith("backbone.body.") else rest).append(parameter)
+    if not backbone and not rest:
+        raise ValueError("model: expected at least one parameter with requires_grad=True, got none")
+    groups = []
+    for name, parameters, group_lr in (("backbone", backbone, lr * backbone_lr_factor), ("detector", rest, lr)):
+        if parameters:
+            groups.append(
+                {"name": name, "params": parameters, "lr": group_lr, "base_lr": group_lr, "weight_decay": weight_decay}
+            )
+    return groups
+
+
+def build_optimizer(
+    model: nn.Module, lr: float, backbone_lr_factor: float = 1.0, weight_decay: float = 1e-4
+) -> torch.optim.AdamW:
+    """AdamW over :func:`parameter_groups`, with torch's default betas and epsilon, as in the official code."""
+    return torch.optim.AdamW(parameter_groups(model, lr, backbone_lr_factor, weight_decay))
+
+
+def lr_factor(
+    step: int,
+    warmup_steps: int = 1000,
+    warmup_factor: float = 0.01,
+    decay_steps: Sequence[int] = (),
+    gamma: float = 0.1,
+) -> float:
+    """What multiplies the base learning rate in the update that follows ``step`` completed ones.
+
+    Linear warm-up from ``warmup_factor`` at step 0 to 1 at ``warmup_steps``; a tenth from each decay step on.
+    """
+    factor = 0.1 ** sum(step >= decay_step for decay_step in decay_steps)
+    if step < warmup_steps:
+        progress = step / warmup_steps
+        factor *= warmup_factor * (1 - progress) + progress
+    return factor
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group ``factor`` times its base learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

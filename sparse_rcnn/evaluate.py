@@ -1,0 +1,101 @@
+"""``python -m sparse_rcnn.evaluate --data DIR|JSON --weights PATH``: the COCO metrics of a detector."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from sparse_rcnn.data.coco import CocoDataset, find_split
+from sparse_rcnn.engine.evaluator import EvalResult, evaluate, match_classes
+from sparse_rcnn.runtime import pick_device
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    parser = _Parser(
+        prog="sparse_rcnn.evaluate", description="The 12 COCO numbers and the AP of every class (pycocotools)."
+    )
+    parser.add_argument("--data", required=True, help="COCO-style folder, or a COCO JSON file beside its images")
+    parser.add_argument("--weights", required=True, help="checkpoint: own format, official or mmdetection")
+    parser.add_argument("--split", default="valid", choices=("train", "valid"), help="of a folder (default valid)")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics here")
+    parser.add_argument("--detections", metavar="FILE", help="write the detections here, as COCO results")
+    parser.add_argument("--batch-size", type=int, default=1, help="images a forward pass; 1 (default) has no padding")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, 1 (an image could not be read, or a file not written) or 2 (bad arguments)"""
+    args = build_parser().parse_args(arguments)
+    try:
+        model, dataset = _load(args)
+        match_classes(model.config, dataset)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, 2)
+    try:
+        result = evaluate(model, dataset, args.batch_size, args.dtype, progress=True)
+        print("\n".join(table(result)))
+        if args.json:
+            _write_json(args.json, {"weights": args.weights, "data": args.data, **result.to_dict()})
+        if args.detections:
+            _write_json(args.detections, result.detections)
+    except (ValueError, OSError, RuntimeError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    if result.failed:
+        for line in result.failed:
+            print(line, file=sys.stderr)
+        return _fail(f"{len(result.failed)} of {len(dataset)} images could not be read; they count as empty", 1)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, CocoDataset]:
+    from sparse_rcnn.models import SparseRCNN
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    device = pick_device(args.device)
+    dataset = CocoDataset(*find_split(args.data, args.split))
+    model = SparseRCNN.from_pretrained(args.weights)
+    return model.to(device, memory_format=torch.channels_last), dataset
+
+
+def table(result: EvalResult) -> list[str]:
+    """The result as lines of text."""
+    lines = [f"{name:<6}{value:8.4f}" for name, value in result.metrics.items()]
+    width = max(len(name) for name in (*result.per_class, "class")) + 2
+    lines += ["", f"{'class':<{width}}{'AP':>8}{'AP50':>8}"]
+    lines += [f"{name:<{width}}{ap['AP']:8.4f}{ap['AP50']:8.4f}" for name, ap in result.per_class.items()]
+    return lines + [f"note: {note}" for note in result.notes]
+
+
+def _write_json(path: str, value: Any) -> None:
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    print(f"sparse_rcnn.evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The set prediction loss of every stage (DETR, section 3.1; Sparse R-CNN, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_rcnn import ops
+from sparse_rcnn.losses.matcher import HungarianMatcher
+from sparse_rcnn.losses.targets import PackedTargets
+from sparse_rcnn.ops.set_focal_loss import matched_classes
+
+
+class SetCriterion(nn.Module):
+    """Classification, L1 and generalised-IoU loss over the pairs that ``matcher`` finds.
+
+    The weights of the losses are the matcher's; its ``classification`` chooses the sigmoid focal loss or DETR's
+    softmax with a "no object" class.
+
+    Args:
+        matcher: finds the pairs.
+        num_classes: foreground classes K.
+        no_object_weight: weight of "no object" in the softmax loss.
+        deep_supervision: a loss at every stage, or at the last alone.
+    """
+
+    def __init__(
+        self,
+        matcher: HungarianMatcher,
+        num_classes: int,
+        no_object_weight: float = 0.1,
+        deep_supervision: bool = True,
+    ) -> None:
+        super().__init__()
+        self.matcher = matcher
+        self.num_classes = num_classes
+        self.no_object_weight = no_object_weight
+        self.deep_supervision = deep_supervision
+
+    def forward(
+        self, logits: Tensor, boxes: Tensor, targets: PackedTargets, image_sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """The weighted losses.
+
+        Args:
+            logits: [S, B, N, K].
+            boxes: [S, B, N, 4] xyxy in pixels.
+            targets: of the B images.
+            image_sizes: [B, 2] (height, width).
+
+        Returns:
+            ``loss_ce``, ``loss_bbox`` and ``loss_giou`` of the last stage, and with ``_0``, ``_1``... of the others.
+        """
+        if not self.deep_supervision:
+            logits, boxes = logits[-1:], boxes[-1:]
+        matches = self.matcher(logits, boxes, targets, image_sizes)  # [S, B, M]
+        num_boxes = mean_box_count(targets.counts, boxes.dtype)
+        class_weight, l1_weight, giou_weight = self.matcher.weights
+        if self.matcher.classification == "focal":
+            alpha, gamma = self.matcher.focal_alpha, self.matcher.focal_gamma
+            # In float32 whatever the model's dtype is, as the official focal loss.
+            classes = ops.set_focal_loss(logits.float(), matches, targets.labels, alpha, gamma) / num_boxes
+        else:
+            classes = self._softmax_loss(logits, matches, targets.labels)
+        l1, giou = ops.set_box_loss(boxes, matches, targets.boxes, image_sizes)
+        return {
+            **_named("loss_ce", class_weight * classes),
+            **_named("loss_bbox", l1_weight * l1 / num_boxes),
+            **_named("loss_giou", giou_weight * giou / num_boxes),
+        }
+
+    def _softmax_loss(self, logits: Tensor, matches: Tensor, labels: Tensor) -> Tensor:
+        """DETR's class loss [S]: unmatched proposals are "no object", at a lower weight."""
+        classes = matched_classes(matches, labels, logits.shape[2], background=self.num_classes)
+        weight = logits.new_ones(self.num_classes + 1)
+        weight[-1] = self.no_object_weight
+        losses = [
+            F.cross_entropy(x.flatten(0, 1), c.flatten(), weight) for x, c in zip(logits, classes, strict=True)
+        ]
+        return torch.stack(losses)
+
+
+def mean_box_count(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boxes of the batch averaged over all processes, at least 1: the divisor of the losses."""
+    total = counts.sum().to(dtype)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+        total = total / torch.distributed.get_world_size()
+    return total.clamp(min=1)
+
+
+def _named(name: str, values: Tensor) -> dict[str, Tensor]:
+    """One entry a stage, the last under ``name`` itself (the official code's names)."""
+    *others, last = values.unbind()
+    return {name: last, **{f"{name}_{stage}": value for stage, value in enumerate(others)}}

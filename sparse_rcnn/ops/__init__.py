@@ -1,0 +1,35 @@
+"""The operators of set-prediction detectors. Each ``<op>`` has its specification beside it, ``<op>_reference``.
+
+Needs torch and scipy only, so that other detectors can use it alone.
+"""
+
+from sparse_rcnn.ops.apply_deltas import apply_deltas, apply_deltas_reference
+from sparse_rcnn.ops.box_iou import generalized_iou, pairwise_generalized_iou
+from sparse_rcnn.ops.dynamic_conv import dynamic_conv, dynamic_conv_reference
+from sparse_rcnn.ops.linear_assignment import linear_assignment, linear_assignment_reference
+from sparse_rcnn.ops.matching_cost import matching_cost, matching_cost_reference
+from sparse_rcnn.ops.multiscale_roi_align import multiscale_roi_align, multiscale_roi_align_reference
+from sparse_rcnn.ops.roi_dynamic_conv import roi_dynamic_conv, roi_dynamic_conv_reference
+from sparse_rcnn.ops.set_box_loss import set_box_loss, set_box_loss_reference
+from sparse_rcnn.ops.set_focal_loss import set_focal_loss, set_focal_loss_reference
+
+__all__ = [
+    "apply_deltas",
+    "apply_deltas_reference",
+    "dynamic_conv",
+    "dynamic_conv_reference",
+    "generalized_iou",
+    "linear_assignment",
+    "linear_assignment_reference",
+    "matching_cost",
+    "matching_cost_reference",
+    "multiscale_roi_align",
+    "multiscale_roi_align_reference",
+    "pairwise_generalized_iou",
+    "roi_dynamic_conv",
+    "roi_dynamic_conv_reference",
+    "set_box_loss",
+    "set_box_loss_reference",
+    "set_focal_loss",
+    "set_focal_loss_reference",
+]

@@ -1,0 +1,46 @@
+"""Generalised intersection over union of boxes (Rezatofighi et al., CVPR 2019), in pairs and of all pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_rcnn.ops._check import check_floating, check_shape
+
+
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """GIoU of ``boxes[i]`` with ``others[i]``.
+
+    Args:
+        boxes, others: [..., 4] xyxy of one shape, floating point.
+
+    Returns:
+        [...] in (-1, 1]; two boxes without area give 0, never NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or dtype.
+    """
+    check_shape("others", others, tuple(boxes.shape))
+    check_shape("boxes", boxes, (*boxes.shape[:-1], 4))
+    check_floating("boxes", boxes)
+    low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    intersection = _area(low, high)
+    union = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - intersection
+    low, high = torch.minimum(boxes[..., :2], others[..., :2]), torch.maximum(boxes[..., 2:], others[..., 2:])
+    hull = _area(low, high)
+    # Clamped far below the area of any real box, so that boxes without area divide 0 by something.
+    tiny = torch.finfo(boxes.dtype).tiny
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def pairwise_generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """GIoU of every pair: boxes [..., N, 4] and others [..., M, 4] give [..., N, M]; see :func:`generalized_iou`."""
+    N, M = boxes.shape[-2], others.shape[-2]
+    shape = (*boxes.shape[:-2], N, M, 4)
+    return generalized_iou(boxes.unsqueeze(-2).expand(shape), others.unsqueeze(-3).expand(shape))
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    """Area of the boxes with corners low and high [..., 2], 0 where they are inverted."""
+    size = (high - low).clamp(min=0)
+    return size[..., 0] * size[..., 1]

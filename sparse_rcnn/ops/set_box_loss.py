@@ -1,0 +1,58 @@
+"""L1 and generalised-IoU loss of matched boxes, all stages at once (DETR, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
+from sparse_rcnn.ops.box_iou import generalized_iou
+
+
+def set_box_loss(
+    boxes: Tensor, matches: Tensor, target_boxes: Tensor, image_sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The two box losses summed over matched pairs.
+
+    Source: DETR (equation 2); Sparse R-CNN, section 3.3.
+
+    Args:
+        boxes: [S, B, N, 4] xyxy in pixels, floating point.
+        matches: [S, B, M] int64, the proposal of each target, -1 for none.
+        target_boxes: [B, M, 4] xyxy in pixels.
+        image_sizes: [B, 2] (height, width) by which the L1 distance is normalised.
+
+    Returns:
+        L1 [S] and 1 - GIoU [S], the sums of each stage; divide them by the number of boxes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    check_shape("boxes", boxes, ("S", "B", "N", 4))
+    check_shape("matches", matches, (*boxes.shape[:2], "M"))
+    check_shape("target_boxes", target_boxes, (*matches.shape[1:], 4))
+    check_shape("image_sizes", image_sizes, (boxes.shape[1], 2))
+    check_floating("boxes", boxes)
+    check_integral("matches", matches)
+    check_same_device(boxes=boxes, matches=matches, target_boxes=target_boxes, image_sizes=image_sizes)
+    return set_box_loss_reference(boxes, matches, target_boxes, image_sizes)
+
+
+def set_box_loss_reference(
+    boxes: Tensor, matches: Tensor, target_boxes: Tensor, image_sizes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The specification of :func:`set_box_loss`."""
+    S, B, M = matches.shape
+    if M == 0 or boxes.shape[2] == 0:  # nothing to gather; keeps the graph, as a batch without boxes must
+        zero = boxes.flatten(1).sum(1) * 0.0
+        return zero, zero
+    matched = matches >= 0
+    index = matches.clamp(min=0).unsqueeze(-1).expand(S, B, M, 4)
+    chosen = boxes.gather(2, index)  # [S, B, M, 4]
+    targets = target_boxes.expand(S, B, M, 4)
+    scale = image_sizes.flip(-1).repeat(1, 2).view(1, B, 1, 4)  # (w, h, w, h)
+    l1 = (chosen / scale - targets / scale).abs().sum(-1)
+    giou = 1 - generalized_iou(chosen, targets)
+    zero = l1.new_zeros(())
+    l1, giou = torch.where(matched, l1, zero), torch.where(matched, giou, zero)
+    return l1.flatten(1).sum(1), giou.flatten(1).sum(1)

@@ -1,0 +1,65 @@
+"""Sigmoid focal loss of a set of predictions, all stages at once (Lin et al., ICCV 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
+
+
+def set_focal_loss(
+    logits: Tensor, matches: Tensor, target_labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Focal loss summed over proposals and classes, where matched proposals have one positive class.
+
+    Source: RetinaNet (equation 5); Sparse R-CNN, section 3.3.
+
+    Args:
+        logits: [S, B, N, K] floating point.
+        matches: [S, B, M] int64, the proposal of each target, -1 for none.
+        target_labels: [B, M] int64 in 0..K-1 wherever there is a match.
+        alpha, gamma: weight of the positives, and the focusing exponent.
+
+    Returns:
+        [S], the sum of each stage; divide it by the number of boxes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    check_shape("logits", logits, ("S", "B", "N", "K"))
+    check_shape("matches", matches, (*logits.shape[:2], "M"))
+    check_shape("target_labels", target_labels, tuple(matches.shape[1:]))
+    check_floating("logits", logits)
+    check_integral("matches", matches)
+    check_integral("target_labels", target_labels)
+    check_same_device(logits=logits, matches=matches, target_labels=target_labels)
+    return set_focal_loss_reference(logits, matches, target_labels, alpha, gamma)
+
+
+def set_focal_loss_reference(
+    logits: Tensor, matches: Tensor, target_labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """The specification of :func:`set_focal_loss`."""
+    K = logits.shape[3]
+    classes = matched_classes(matches, target_labels, logits.shape[2], K)  # [S, B, N], K for no match
+    targets = F.one_hot(classes, K + 1)[..., :K].to(logits.dtype)
+    p = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    miss = p * (1 - targets) + (1 - p) * targets
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return (weight * cross_entropy * miss**gamma).flatten(1).sum(1)
+
+
+def matched_classes(matches: Tensor, target_labels: Tensor, proposals: int, background: int) -> Tensor:
+    """The class of every proposal, int64 [S, B, N]: its target's label, or ``background`` without a target.
+
+    Args:
+        matches: [S, B, M], the proposal of each target, -1 for none.
+        target_labels: [B, M].
+    """
+    # One column more than there are proposals takes what the unmatched targets write, and is cut off.
+    classes = matches.new_full((*matches.shape[:2], proposals + 1), background)
+    index = torch.where(matches < 0, proposals, matches)
+    return classes.scatter(2, index, target_labels.expand_as(matches))[..., :proposals]

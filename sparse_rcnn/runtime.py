@@ -1,0 +1,351 @@
+"""The way from an image in any form to :class:`Detections`: decode, resize, detect, scale back, select."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sparse_rcnn.data.decode import ImageError, decode_image
+from sparse_rcnn.data.transforms import network_size, resize
+from sparse_rcnn.detections import Detections, resolve_classes
+from sparse_rcnn.sources import fetch_url, is_url
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OnError = Callable[[Any, ImageError], None]
+
+
+@dataclass
+class Timings:
+    """Seconds spent, by phase, summed over ``images``.
+
+    ``decode`` includes the reading (and what an iterator over images takes to give the next one), ``forward`` the
+    transfers to and from the device. Drawing and writing are not in here.
+    """
+
+    images: int = 0
+    decode: float = 0.0
+    preprocess: float = 0.0
+    forward: float = 0.0
+    postprocess: float = 0.0
+
+    def per_image(self) -> dict[str, float]:
+        """Mean milliseconds of each phase, by name."""
+        phases = (field.name for field in dataclasses.fields(self) if field.name != "images")
+        return {phase: 1000 * getattr(self, phase) / max(self.images, 1) for phase in phases}
+
+
+@dataclass
+class _Loaded:
+    """One image, read and resized."""
+
+    source: Any
+    image: np.ndarray  # uint8 [H, W, 3] RGB, original size
+    network: Tensor  # uint8 [3, h, w] RGB, network size
+
+
+class Predictor:
+    """Detections from images, with everything around the network done.
+
+    Args:
+        model: a ``SparseRCNN`` (moved to the device and put in evaluation mode), or the path of a checkpoint that
+            ``SparseRCNN.from_pretrained`` reads.
+        device: a torch device, or ``auto``: CUDA if there is one, else the CPU.
+        dtype: ``float32``, or ``bfloat16`` or ``float16`` by autocast; boxes are float32 in any case.
+        batch_size: images a forward pass. Images of unlike sizes are padded to a common one and the network sees the
+            padding, as the original does: detections then differ a little from those of each image alone.
+        score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
+        nms: IoU of a class-wise suppression, see :meth:`Detections.nms`; None, the paper's way, is none.
+
+    Attributes:
+        model, device.
+        class_names: the K names in label order; "0", "1" and so on where the model has none.
+        timings: :class:`Timings` since the predictor was made; assign a fresh one to start over.
+
+    Raises:
+        ValueError: an argument out of range, an unknown class, a device that is not there, a bad checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+        batch_size: int = 1,
+        score_threshold: float = 0.0,
+        top_k: int | None = None,
+        classes: Sequence[str | int] | None = None,
+        nms: float | None = None,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+        _check_at_least_one("batch_size", batch_size)
+        _check_fraction("score_threshold", score_threshold)
+        if top_k is not None:
+            _check_at_least_one("top_k", top_k)
+        if nms is not None:
+            _check_fraction("nms", nms)
+        self.device = pick_device(device)
+        if not isinstance(model, nn.Module):
+            from sparse_rcnn.models import SparseRCNN
+
+            model = SparseRCNN.from_pretrained(model)
+        self.model = model.to(self.device).eval()
+        self.dtype = _DTYPES[dtype]
+        self.batch_size = batch_size
+        names = model.config.class_names
+        self.class_names = tuple(names if names is not None else map(str, range(model.config.num_classes)))
+        self.score_threshold = score_threshold
+        self.top_k = top_k
+        self.classes = None if classes is None else resolve_classes(classes, self.class_names)
+        self.nms = nms
+        self.timings = Timings()
+
+    def predict(self, source: Any, return_stages: bool = False) -> Detections | list[Detections] | Iterator[Detections]:
+        """Detect the objects in one image or in many.
+
+        Args:
+            source: an image: a path, an http(s) URL, a PIL image, a uint8 RGB array [H, W, 3], or an RGB tensor
+                [3, H, W] (uint8 0..255 or floating 0..1); or a list or tuple of images, or an iterator over images.
+            return_stages: keep the boxes and scores of every stage too.
+
+        Returns:
+            ``Detections`` for an image, a list for a list, and for an iterator a generator that reads ``batch_size``
+            images at a time. Boxes are in pixels of each image at its original size.
+
+        Raises:
+            ImageError: an image cannot be read.
+            TypeError, ValueError: not an image in one of these forms.
+        """
+        if isinstance(source, (list, tuple)):
+            return list(self.stream(source, return_stages))
+        if isinstance(source, Iterator):
+            return self.stream(source, return_stages)
+        return next(self.stream([source], return_stages))
+
+    def stream(
+        self,
+        sources: Iterable[Any],
+        return_stages: bool = False,
+        keep_images: bool = False,
+        on_error: OnError | None = None,
+    ) -> Iterator[Detections]:
+        """Detections of each of ``sources``, in order, in memory that does not grow with their number.
+
+        Args:
+            sources: images as :meth:`predict` takes them.
+            return_stages: keep the boxes and scores of every stage too.
+            keep_images: keep each decoded image in ``Detections.image``, to be drawn on.
+            on_error: called with a source that cannot be read and the error; the source is then left out. By default
+                the error is raised.
+        """
+        batch: list[_Loaded] = []
+        for source in self._pull(sources):
+            try:
+                batch.append(self._load(source))
+            except ImageError as error:
+                if on_error is None:
+                    raise
+                on_error(source, error)
+            if len(batch) == self.batch_size:
+                yield from self._detect(batch, return_stages, keep_images)
+                batch = []
+        if batch:
+            yield from self._detect(batch, return_stages, keep_images)
+
+    def _pull(self, sources: Iterable[Any]) -> Iterator[Any]:
+        """``sources``, with the time that they take to come (frames of a video) counted as decoding."""
+        iterator, end = iter(sources), object()
+        while True:
+            start = time.perf_counter()
+            source = next(iterator, end)
+            self.timings.decode += time.perf_counter() - start
+            if source is end:
+                return
+            yield source
+
+    def _load(self, source: Any) -> _Loaded:
+        start = time.perf_counter()
+        image = read_image(source)
+        decoded = time.perf_counter()
+        size = network_size(*image.shape[:2], self.model.config.min_size, self.model.config.max_size)
+        network = resize(torch.from_numpy(image).permute(2, 0, 1), size)
+        self.timings.decode += decoded - start
+        self.timings.preprocess += time.perf_counter() - decoded
+        return _Loaded(source, image, network)
+
+    @torch.inference_mode()
+    def _detect(self, batch: list[_Loaded], return_stages: bool, keep_images: bool) -> list[Detections]:
+        start = time.perf_counter()
+        images = [loaded.network.to(self.device) for loaded in batch]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.model(images, return_stages=return_stages)
+        results = outputs.detections if return_stages else outputs
+        results = [{key: value.cpu() for key, value in result.items()} for result in results]
+        stages = _stages_of(outputs, self.model.config.classification) if return_stages else [None] * len(batch)
+        computed = time.perf_counter()
+        found = [
+            self._finish(loaded, result, stage, keep_images)
+            for loaded, result, stage in zip(batch, results, stages, strict=True)
+        ]
+        self.timings.images += len(batch)
+        self.timings.forward += computed - start
+        self.timings.postprocess += time.perf_counter() - computed
+        return found
+
+    def _finish(
+        self, loaded: _Loaded, result: dict[str, Tensor], stages: _Stages | None, keep_image: bool
+    ) -> Detections:
+        """Official post-processing: scale to the original image, clip, drop empty boxes; then the user's selection."""
+        size, network = loaded.image.shape[:2], loaded.network.shape[1:]
+        boxes = to_original(result["boxes"].float(), network, size)
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0]] * 2))
+        full = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        fields: dict[str, Any] = {}
+        if stages is not None:
+            fields = {
+                "proposal_index": stages.origin_of(result, network)[full].numpy(),
+                "proposal_boxes": to_original(stages.proposal_boxes, network, size).numpy(),
+                "stage_boxes": to_original(stages.boxes, network, size).numpy(),
+                "stage_scores": stages.scores.amax(-1).numpy(),
+            }
+        found = Detections(
+            boxes=boxes[full].numpy(),
+            scores=result["scores"].float()[full].numpy(),
+            labels=result["labels"][full].numpy(),
+            class_names=self.class_names,
+            image_size=size,
+            source=os.fspath(loaded.source) if isinstance(loaded.source, (str, os.PathLike)) else None,
+            image=loaded.image if keep_image else None,
+            **fields,
+        )
+        found = found.filter(self.score_threshold, classes=self.classes)
+        found = found if self.nms is None else found.nms(self.nms)
+        return found if self.top_k is None else found.filter(top_k=self.top_k)
+
+
+@dataclass
+class _Stages:
+    """Stages of one image on the CPU, boxes in pixels of the network's image."""
+
+    proposal_boxes: Tensor  # [N, 4]
+    boxes: Tensor  # [S, N, 4]
+    scores: Tensor  # [S, N, K]
+
+    def origin_of(self, found: dict[str, Tensor], size: Sequence[int]) -> Tensor:
+        """The proposal that each detection is: the one whose last box and score equal it. [n] int64.
+
+        Args:
+            found: ``boxes`` [n, 4], ``scores`` and ``labels`` [n] of the model, in pixels of the network's image.
+            size: (height, width) of that image, to which the detections were clipped.
+        """
+        last = self.boxes[-1].clamp(min=0).minimum(self.boxes.new_tensor([size[1], size[0]] * 2))  # [N, 4]
+        offset = (last[None] - found["boxes"].float()[:, None]).abs().amax(-1)  # [n, N]
+        score_offset = (self.scores[-1][:, found["labels"]].T - found["scores"].float()[:, None]).abs()
+        return (offset + 1e4 * score_offset).argmin(dim=1)
+
+
+def _stages_of(outputs: Any, classification: str) -> list[_Stages]:
+    """Split ``StageOutputs`` of a batch into its images."""
+    logits = outputs.logits.float().cpu()  # [S, B, N, K]
+    scores = logits.sigmoid() if classification == "focal" else logits.softmax(-1)[..., :-1]
+    boxes, proposal_boxes = outputs.boxes.float().cpu(), outputs.proposal_boxes.float().cpu()
+    return [_Stages(proposal_boxes[i], boxes[:, i], scores[:, i]) for i in range(len(proposal_boxes))]
+
+
+def to_original(boxes: Tensor, network: Sequence[int], original: Sequence[int]) -> Tensor:
+    """Scale xyxy boxes [..., 4] from an image of size ``network`` to ``original``, both (height, width)."""
+    x, y = original[1] / network[1], original[0] / network[0]
+    return boxes * boxes.new_tensor([x, y, x, y])
+
+
+def read_image(source: Any) -> np.ndarray:
+    """Any form of one image as uint8 [H, W, 3] RGB, contiguous and writable.
+
+    Raises:
+        ImageError: a file or URL that cannot be read as an image.
+        TypeError, ValueError: not an image; see :meth:`Predictor.predict` for what is.
+    """
+    if is_url(source):
+        content = fetch_url(source)
+        try:
+            image = decode_image(content)
+        except ImageError as error:
+            raise ImageError(f"{source}: {str(error).removeprefix('image bytes: ')}") from error
+    elif isinstance(source, Tensor):
+        image = _from_tensor(source)
+    elif isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise ValueError(f"source: expected a uint8 RGB array [H, W, 3], got {source.dtype} {list(source.shape)}")
+        image = source
+    elif isinstance(source, (str, os.PathLike, Image.Image)):
+        image = decode_image(source if isinstance(source, (str, Image.Image)) else Path(source))
+    else:
+        raise TypeError(
+            f"source: expected a path, URL, PIL image, array or tensor, or a list or iterator of them, "
+            f"got {type(source).__name__}"
+        )
+    return np.require(image, requirements=["C", "W"])
+
+
+def _from_tensor(tensor: Tensor) -> np.ndarray:
+    shape = list(tensor.shape)
+    if tensor.dim() != 3 or shape[0] != 3 or 0 in shape:
+        raise ValueError(f"source: expected an RGB tensor [3, H, W], got shape {shape}")
+    if tensor.is_floating_point():
+        low, high = tensor.aminmax()
+        if not (low >= 0 and high <= 1):  # written so that NaN fails
+            raise ValueError(f"source: expected a floating tensor within 0..1, got {low:g}..{high:g}")
+        tensor = (tensor * 255).round().to(torch.uint8)
+    elif tensor.dtype != torch.uint8:
+        raise ValueError(f"source: expected a tensor of uint8 or floating point, got {tensor.dtype}")
+    return tensor.permute(1, 2, 0).cpu().numpy()
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The torch device; ``auto`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: expected one that is here, got {str(device)!r} ({reason})") from error
+    return device
+
+
+def default_weights() -> Path:
+    """Directory of the bundled demo model.
+
+    Raises:
+        ValueError: this installation does not have it.
+    """
+    directory = Path(str(importlib.resources.files("sparse_rcnn"))) / "assets" / "demo"
+    if not (directory / "model.safetensors").is_file():
+        raise ValueError(f"weights: the bundled demo model is missing ({directory})")
+    return directory
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number within 0..1, got {value!r}")

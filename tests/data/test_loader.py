@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from sparse_rcnn.data.coco import CocoDataset
+from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.data.loader import train_batches
+from sparse_rcnn.data.synthetic import write_dataset
+from sparse_rcnn.data.transforms import TrainTransform
+
+TRANSFORM = TrainTransform((48, 64, 80), 120, crop=(40, 60))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> CocoDataset:
+    return CocoDataset(write_dataset(tmp_path_factory.mktemp("data"), 7, seed=1, size=(48, 64), progress=False))
+
+
+def take(count: int, *args, **kwargs) -> list:
+    return list(itertools.islice(train_batches(*args, **kwargs), count))
+
+
+def same(first: list, second: list) -> bool:
+    for (images, targets), (other_images, other_targets) in zip(first, second, strict=True):
+        for a, b, s, t in zip(images, other_images, targets, other_targets, strict=True):
+            if not (torch.equal(a, b) and s["image_id"] == t["image_id"]):
+                return False
+            if not (torch.equal(s["boxes"], t["boxes"]) and torch.equal(s["labels"], t["labels"])):
+                return False
+    return True
+
+
+def test_batches_are_lists_of_images_and_targets(dataset):
+    images, targets = next(train_batches(dataset, TRANSFORM, 3, seed=0))
+    assert isinstance(images, list) and isinstance(targets, list) and len(images) == len(targets) == 3
+    for image, target in zip(images, targets, strict=True):
+        assert image.dtype == torch.uint8 and max(image.shape[1:]) <= 120
+        assert target["boxes"].dtype == torch.float32 and len(target["boxes"]) == len(target["labels"])
+
+
+def test_every_epoch_visits_every_image_once_in_its_own_order(dataset):
+    batches = take(21, dataset, TRANSFORM, 2, seed=0)  # 42 images, six epochs of seven
+    ids = [target["image_id"] for _, targets in batches for target in targets]
+    epochs = [tuple(ids[i : i + 7]) for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(1, 8)) for epoch in epochs)
+    assert len(set(epochs)) == 6
+
+
+@pytest.mark.parametrize("start", [1, 5, 12])
+def test_resuming_gives_the_batches_of_an_uninterrupted_run(dataset, start):
+    whole = take(15, dataset, TRANSFORM, 3, seed=4)
+    assert same(whole[start:], take(15 - start, dataset, TRANSFORM, 3, seed=4, start_step=start))
+
+
+def test_workers_give_the_same_batches(dataset):
+    assert same(
+        take(6, dataset, TRANSFORM, 2, seed=4, start_step=2),
+        take(6, dataset, TRANSFORM, 2, seed=4, start_step=2, workers=2),
+    )
+
+
+def test_seeds_and_epochs_differ_in_augmentation(dataset):
+    assert not same(take(1, dataset, TRANSFORM, 7, seed=0), take(1, dataset, TRANSFORM, 7, seed=1))
+    first, second = take(2, dataset, TRANSFORM, 7, seed=0)
+    shapes = [{t["image_id"]: tuple(i.shape) for i, t in zip(*batch, strict=True)} for batch in (first, second)]
+    assert shapes[0] != shapes[1]
+
+
+def test_global_random_state_plays_no_part(dataset):
+    torch.manual_seed(1)
+    first = take(3, dataset, TRANSFORM, 2, seed=0)
+    torch.manual_seed(2)
+    assert same(first, take(3, dataset, TRANSFORM, 2, seed=0))
+
+
+def test_a_batch_may_be_larger_than_the_data(dataset):
+    ((_, targets),) = take(1, dataset, TRANSFORM, 16, seed=0)
+    assert sorted(t["image_id"] for t in targets[:7]) == list(range(1, 8)) and len(targets) == 16
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_undecodable_file_is_named(tmp_path, workers):
+    (tmp_path / "train").mkdir()
+    images = []
+    for number in range(4):
+        Image.new("RGB", (20, 16)).save(tmp_path / "train" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 16, "width": 20})
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    (tmp_path / "train" / "2.png").write_bytes(b"junk")
+    with pytest.raises(ImageError, match=r"^[^\n]*2\.png: not an image of a known format$"):
+        take(2, CocoDataset(path), TRANSFORM, 2, seed=0, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"batch_size": 0}, "batch_size"), ({"seed": -1}, "seed"), ({"start_step": -1}, "start_step"),
+     ({"workers": -1}, "workers"), ({"dataset": []}, "dataset")],
+)  # fmt: skip
+def test_bad_arguments_are_named_at_once(dataset, arguments, name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        train_batches(**{"dataset": dataset, "transform": TRANSFORM, "batch_size": 1, "seed": 0, **arguments})

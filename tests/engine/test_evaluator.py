@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_rcnn.data.coco import CocoDataset, find_split
+from sparse_rcnn.engine.evaluator import METRICS, coco_metrics, evaluate, match_classes
+
+
+class Oracle(nn.Module):
+    """Says, for every image in turn, the given boxes (in pixels of the file), scores and labels."""
+
+    def __init__(self, answers, class_names, min_size=50, max_size=1000) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(
+            class_names=class_names, num_classes=len(class_names or ()), min_size=min_size, max_size=max_size
+        )
+        self.answers = iter(answers)
+        self.seen = []
+
+    def forward(self, images, return_stages=False):
+        assert not self.training and not torch.is_grad_enabled()
+        results = []
+        for image in images:
+            self.seen.append((image.dtype, tuple(image.shape)))
+            boxes, scores, labels, (width, height) = next(self.answers)
+            scale = torch.tensor([image.shape[2] / width, image.shape[1] / height] * 2)
+            results.append(
+                {
+                    "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * scale,
+                    "scores": torch.tensor(scores),
+                    "labels": torch.tensor(labels, dtype=torch.int64),
+                }
+            )
+        return results
+
+
+def annotation(image_id, category_id, box, **more):
+    return {"id": more.pop("id", 1), "image_id": image_id, "category_id": category_id, "bbox": box, **more}
+
+
+def dataset(folder) -> CocoDataset:
+    return CocoDataset(*find_split(folder, "valid"))
+
+
+def test_perfect_detections_are_one_everywhere(write_coco):
+    # Two images of different sizes and shapes, resized by the evaluator, and an annotation with id 0.
+    boxes = {1: [[10, 10, 30, 30], [60, 20, 140, 90]], 2: [[5, 100, 55, 290]]}
+    folder = write_coco(
+        {1: (200, 100), 2: (100, 300)},
+        {7: "cat", 3: "dog"},
+        [
+            annotation(1, 7, [10, 10, 20, 20], id=0),
+            annotation(1, 3, [60, 20, 80, 70], id=1),
+            annotation(2, 7, [5, 100, 50, 190], id=2),
+        ],
+    )
+    # The model's label order is not the data set's.
+    model = Oracle(
+        [(boxes[1], [0.9, 0.8], [1, 0], (200, 100)), (boxes[2], [0.7], [1], (100, 300))], class_names=("dog", "cat")
+    )
+    model.train()
+    result = evaluate(model, dataset(folder))
+    assert model.training
+    assert model.seen == [(torch.uint8, (3, 50, 100)), (torch.uint8, (3, 150, 50))]
+    assert result.metrics == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    assert result.per_class == {
+        "cat": pytest.approx({"AP": 1.0, "AP50": 1.0}),
+        "dog": pytest.approx({"AP": 1.0, "AP50": 1.0}),
+    }
+    assert [d["category_id"] for d in result.detections] == [7, 3, 7]
+    assert result.detections[1]["bbox"] == pytest.approx([60, 20, 80, 70], abs=1e-4)
+    assert result.failed == [] and result.notes == []
+
+
+def test_a_partial_case_by_hand(write_coco):
+    # Two objects. One is found at IoU 0.72, one is not; a second detection, less sure, hits nothing. Recall 0.5 at
+    # precision 1 covers 51 of the 101 recall points, at the five thresholds 0.50..0.70 of ten.
+    folder = write_coco(
+        {1: (400, 400)},
+        {1: "cat", 2: "dog"},
+        [annotation(1, 1, [0, 0, 100, 100]), annotation(1, 1, [200, 200, 100, 100], id=2)],
+    )
+    model = Oracle(
+        [([[0, 0, 100, 72], [350, 0, 400, 50]], [0.9, 0.8], [0, 0], (400, 400))], ("cat", "dog"), min_size=400
+    )
+    result = evaluate(model, dataset(folder))
+    assert result.metrics["AP50"] == pytest.approx(51 / 101)
+    assert result.metrics["AP75"] == 0
+    assert result.metrics["AP"] == pytest.approx(51 / 101 / 2)
+    assert result.metrics["AR100"] == pytest.approx(0.25)  # half of the objects at half of the thresholds
+    assert result.metrics["APs"] == -1 and result.metrics["APl"] == pytest.approx(51 / 101 / 2)
+    assert result.per_class["cat"]["AP50"] == pytest.approx(51 / 101)
+    assert result.per_class["dog"] == {"AP": -1.0, "AP50": -1.0}  # no dog to find
+
+
+def test_a_false_positive_of_higher_score_halves_precision(write_coco):
+    folder = write_coco({1: (400, 400)}, {1: "cat"}, [annotation(1, 1, [0, 0, 100, 100])])
+    model = Oracle([([[200, 200, 300, 300], [0, 0, 100, 100]], [0.9, 0.8], [0, 0], (400, 400))], ("cat",), min_size=400)
+    result = evaluate(model, dataset(folder))
+    assert result.metrics["AP"] == pytest.approx(0.5)
+    assert result.metrics["AR1"] == 0 and result.metrics["AR10"] == pytest.approx(1.0)
+
+
+def test_a_detection_inside_a_crowd_is_ignored(write_coco):
+    folder = write_coco(
+        {1: (400, 400)},
+        {1: "cat"},
+        [annotation(1, 1, [0, 0, 100, 100]), annotation(1, 1, [200, 200, 200, 200], id=2, iscrowd=1)],
+    )
+    model = Oracle([([[210, 210, 260, 260], [0, 0, 100, 100]], [0.9, 0.8], [0, 0], (400, 400))], ("cat",), min_size=400)
+    assert evaluate(model, dataset(folder)).metrics["AP"] == pytest.approx(1.0)
+
+
+def test_no_detections_score_zero_and_no_annotations_minus_one(write_coco):
+    folder = write_coco({1: (100, 100)}, {1: "cat"}, [annotation(1, 1, [0, 0, 50, 50])])
+    result = evaluate(Oracle([([], [], [], (100, 100))], ("cat",)), dataset(folder))
+    assert result.metrics["AP"] == 0 and result.metrics["AR100"] == 0 and result.detections == []
+    assert result.per_class == {"cat": {"AP": 0.0, "AP50": 0.0}}
+
+    empty = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    metrics, per_class = coco_metrics(empty, [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}])
+    assert set(metrics.values()) == {-1.0} and per_class == {1: {"AP": -1.0, "AP50": -1.0}}
+    assert set(coco_metrics(empty, [])[0].values()) == {-1.0}
+    assert set(coco_metrics({**empty, "images": []}, [])[0].values()) == {-1.0}
+
+
+def test_boxes_are_clipped_to_the_original_image_and_empty_ones_go(write_coco):
+    folder = write_coco({1: (100, 80)}, {4: "cat"}, [annotation(1, 4, [0, 0, 50, 50])])
+    model = Oracle([([[-20, 10, 130, 60], [100, 0, 140, 50]], [0.75, 0.5], [0, 0], (100, 80))], ("cat",), min_size=40)
+    result = evaluate(model, dataset(folder))
+    assert result.detections == [
+        {"image_id": 1, "category_id": 4, "bbox": pytest.approx([0, 10, 100, 50], abs=1e-4), "score": 0.75}
+    ]
+
+
+def test_batches_give_what_single_images_give(write_coco):
+    folder = write_coco(
+        {i: (60 + 10 * i, 80) for i in range(1, 6)},
+        {1: "cat"},
+        [annotation(i, 1, [5, 5, 40, 40], id=i) for i in range(1, 6)],
+    )
+    answers = [([[5, 5, 45, 40 + i]], [0.5], [0], (60 + 10 * i, 80)) for i in range(1, 6)]
+    single = evaluate(Oracle(answers, ("cat",)), dataset(folder), batch_size=1)
+    batched = evaluate(Oracle(answers, ("cat",)), dataset(folder), batch_size=2)
+    assert len(single.detections) == 5 and batched.detections == single.detections
+    assert batched.metrics == single.metrics
+
+
+def test_an_unreadable_image_is_named_and_counts_as_empty(write_coco):
+    folder = write_coco(
+        {1: (100, 100), 2: (100, 100)},
+        {1: "cat"},
+        [annotation(1, 1, [0, 0, 50, 50]), annotation(2, 1, [0, 0, 50, 50], id=2)],
+    )
+    (folder / "valid" / "2.png").write_bytes(b"no picture")
+    result = evaluate(Oracle([([[0, 0, 50, 50]], [0.9], [0], (100, 100))], ("cat",)), dataset(folder), batch_size=2)
+    assert len(result.failed) == 1 and "2.png" in result.failed[0]
+    assert result.metrics["AP50"] == pytest.approx(51 / 101)
+
+
+def classes(*names):
+    return SimpleNamespace(class_names=names or None, num_classes=len(names) or 2)
+
+
+DATA = SimpleNamespace(class_names=("cat", "dog"), category_ids=(7, 3))
+
+
+def test_classes_match_by_name():
+    assert match_classes(classes("dog", "cat"), DATA) == ([3, 7], [])
+    ids, notes = match_classes(classes("bird", "cat"), DATA)
+    assert ids == [None, 7]
+    assert notes == [
+        "classes unknown to the model, nothing of them can be found: dog",
+        "classes that the data set lacks, their detections are dropped: bird",
+    ]
+    assert match_classes(classes(), DATA)[0] == [7, 3]
+
+
+def test_classes_without_a_match_are_an_error():
+    with pytest.raises(ValueError, match=r"no class of the model \(bird\) is in the data set \(cat, dog\)"):
+        match_classes(classes("bird"), DATA)
+    with pytest.raises(ValueError, match="no class names and 3 classes, the data set has 2"):
+        match_classes(SimpleNamespace(class_names=None, num_classes=3), DATA)
+
+
+def test_detections_of_classes_outside_the_data_are_dropped(write_coco):
+    folder = write_coco({1: (100, 100)}, {1: "cat"}, [annotation(1, 1, [0, 0, 50, 50])])
+    answer = ([[0, 0, 50, 50], [0, 0, 50, 50]], [0.9, 0.8], [0, 1], (100, 100))
+    result = evaluate(Oracle([answer], ("bird", "cat")), dataset(folder))
+    assert [d["category_id"] for d in result.detections] == [1]
+    assert result.metrics["AP"] == pytest.approx(1.0)
+    assert json.dumps(result.to_dict())

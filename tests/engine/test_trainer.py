@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_rcnn import SparseRCNN
+from sparse_rcnn.engine.checkpoint import load_checkpoint
+from sparse_rcnn.engine.trainer import TrainConfig, Trainer, TrainingError
+
+
+def log_of(run) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same(a, b, path="") -> None:
+    """Bit-equality of nested dicts, lists and tensors."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{index}")
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_six_steps_are_three_and_three(tiny_config, tmp_path, workers):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    Trainer(tiny_config(output=whole)).run()
+    Trainer(tiny_config(output=parts, steps=3)).run()
+    torch.rand(5)  # a new process has its generator elsewhere
+    Trainer(tiny_config(output=parts, resume=True, workers=workers)).run()
+
+    a, b = load_checkpoint(f"{whole}/last.pt"), load_checkpoint(f"{parts}/last.pt")
+    assert a["step"] == 6 and len(a["optimizer"]["state"]) > 50
+    for key in ("model", "optimizer", "step", "rng", "best_ap", "model_config"):
+        assert_same(a[key], b[key], key)
+    timeless = [
+        [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in log_of(run)]
+        for run in (whole, parts)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [record["step"] for record in timeless[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_run_leaves_behind(tiny_config, scenes, capsys):
+    config = tiny_config(val=str(scenes), steps=3, eval_every=2, checkpoint_every=2)
+    trainer = Trainer(config)
+    assert trainer.run() is None
+    run = Path(config.output)
+    records = log_of(run)
+    assert [(r["kind"], r["step"]) for r in records] == [
+        *(("train", 1), ("train", 2), ("val", 2)),
+        *(("train", 3), ("val", 3)),
+    ]
+    train, val = records[0], records[2]
+    losses = {f"loss_{kind}{stage}" for kind in ("ce", "bbox", "giou") for stage in ("", "_0")}
+    assert losses <= train.keys()
+    assert train["loss"] == pytest.approx(sum(train[name] for name in losses), abs=1e-4)
+    assert train["lr"] == pytest.approx(1e-3 * 0.01) and records[1]["lr"] == pytest.approx(1e-3 * (0.01 * 0.75 + 0.25))
+    assert train["grad_norm"] > 0 and train["images_per_second"] > 0
+    assert 0 <= val["AP"] <= 1 and set(val["per_class"]) == set(trainer.dataset.class_names)
+
+    saved = SparseRCNN.from_pretrained(run / "model")
+    assert saved.config == trainer.model.config and saved.config.class_names == tuple(trainer.dataset.class_names)
+    assert_same(dict(saved.state_dict()), dict(trainer.model.state_dict()))
+    best = load_checkpoint(run / "last.pt")["best_ap"]
+    assert best == max(r["AP"] for r in records if r["kind"] == "val")
+    assert (run / "best").is_dir()
+    assert "data: 6 images" in capsys.readouterr().out
+
+
+def test_training_goes_down_on_two_images(tiny_config, scenes, tmp_path):
+    content = json.loads((scenes / "train.json").read_text(encoding="utf-8"))
+    annotated = {annotation["image_id"] for annotation in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in annotated][:2]
+    ids = [image["id"] for image in content["images"]]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    data = tmp_path / "two"
+    data.mkdir()
+    (data / "train.json").write_text(json.dumps(content), encoding="utf-8")
+    (data / "train").symlink_to(scenes / "train")
+    Trainer(tiny_config(data=str(data), steps=30, flip=0.0, min_sizes=(64,), log_every=5)).run()
+    losses = [record["loss"] for record in log_of(tmp_path / "run")]
+    assert len(losses) == 6
+    assert losses[-1] < 0.7 * losses[0]
+
+
+class Poisoned(Trainer):
+    """One of the losses is not finite in step 4."""
+
+    def _forward(self, images, inputs, targets):
+        losses = super()._forward(images, inputs, targets)
+        if self.step == 3:
+            losses["loss_giou_0"] = losses["loss_giou_0"] * math.nan
+        return losses
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_config, tmp_path):
+    trainer = Poisoned(tiny_config(checkpoint_every=2))
+    with pytest.raises(TrainingError, match=r"step 4, image ids \d+, \d+: loss_giou_0 is nan; .*last\.pt is as it was"):
+        trainer.run()
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert checkpoint["step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert [record["step"] for record in log_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_predictions_that_are_not_finite_stop_with_the_step_and_the_images(tiny_config):
+    trainer = Trainer(tiny_config())
+    with torch.no_grad():
+        trainer.model.init_proposal_features.weight.fill_(math.inf)
+    with pytest.raises(TrainingError, match=r"step 1, image ids \d+, \d+: .*there is no checkpoint yet"):
+        trainer.run()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny_config):
+    trainer = Trainer(tiny_config())
+    trainer.model.init_proposal_features.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="gradient norm is (nan|inf)"):
+        trainer.run()
+    assert_same(before, dict(trainer.model.state_dict()))
+
+
+class Interrupted(Trainer):
+    """Gets a signal in the middle of its second step."""
+
+    def _forward(self, images, inputs, targets):
+        if self.step == 1:
+            os.kill(os.getpid(), self.number)
+        return super()._forward(images, inputs, targets)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(tiny_config, tmp_path, number):
+    before = signal.getsignal(number)
+    trainer = Interrupted(tiny_config(checkpoint_every=0))
+    trainer.number = number
+    assert trainer.run() == number
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_the_time_limit_ends_with_a_checkpoint(tiny_config, tmp_path, capsys):
+    assert Trainer(tiny_config(time_limit=0)).run() is None
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1
+    assert "time limit" in capsys.readouterr().out
+
+
+def test_a_run_is_not_overwritten(tiny_config):
+    Trainer(tiny_config(steps=1)).run()
+    with pytest.raises(ValueError, match=r"output: .*last\.pt exists; pass --resume"):
+        Trainer(tiny_config(steps=1))
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path):
+    Trainer(tiny_config(steps=2)).run()
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    Trainer(tiny_config(steps=2, resume=True)).run()
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_resuming_takes_the_new_learning_rate_and_keeps_the_moments(tiny_config):
+    Trainer(tiny_config(steps=2)).run()
+    trainer = Trainer(tiny_config(resume=True, lr=5e-4, weight_decay=0.5))
+    assert {group["base_lr"] for group in trainer.optimizer.param_groups} == {5e-4}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.5}
+    assert trainer.step == 2 and max(float(state["step"]) for state in trainer.optimizer.state.values()) == 2
+
+
+def test_bfloat16_autocast_keeps_float32_weights(tiny_config, tmp_path):
+    trainer = Trainer(tiny_config(dtype="bfloat16", steps=2))
+    trainer.run()
+    assert {value.dtype for value in trainer.model.state_dict().values()} == {torch.float32}
+    assert all(math.isfinite(record["loss"]) for record in log_of(tmp_path / "run"))
+
+
+def test_frozen_stages_stay_and_the_rest_moves(tiny_config):
+    config = tiny_config(steps=1)
+    trainer = Trainer(TrainConfig(**{**vars(config), "set": {**config.set, "frozen_stages": 2}}))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.run()
+    after = trainer.model.state_dict()
+    frozen = [name for name in after if name.startswith(("backbone.body.conv1.", "backbone.body.layer1."))]
+    assert len(frozen) > 4 and all(torch.equal(before[name], after[name]) for name in frozen)
+    for name in ("backbone.body.layer2.0.conv1.weight", "backbone.fpn.layer_blocks.0.0.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size: expected at least 1, got -1"),
+        ({"lr": 0.0}, "lr: expected a positive number"),
+        ({"lr": math.inf}, "lr: expected a positive number"),
+        ({"flip": 1.5}, "flip: expected a probability"),
+        ({"dtype": "float16"}, "dtype: expected float32 or bfloat16, got 'float16'"),
+        ({"min_sizes": ()}, "min_sizes: expected positive sizes"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_refused(tiny_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
