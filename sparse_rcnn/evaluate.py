@@ -71,7 +71,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, CocoDataset]:
     device = pick_device(args.device)
     dataset = CocoDataset(*find_split(args.data, args.split))
     model = SparseRCNN.from_pretrained(args.weights)
-    return model.to(device, memory_format=torch.channels_last), dataset
+    return model.to(device), dataset
 
 
 def table(result: EvalResult) -> list[str]:

@@ -100,7 +100,7 @@ class Predictor:
             from sparse_rcnn.models import SparseRCNN
 
             model = SparseRCNN.from_pretrained(model)
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.dtype = _DTYPES[dtype]
         self.batch_size = batch_size
         names = model.config.class_names

@@ -9,11 +9,23 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FrozenBatchNorm2d as _FrozenBatchNorm2d
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 STRIDES = (4, 8, 16, 32)
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm2d):
+    """torchvision's, which needs no memory for the backward, but in one operator where there is no backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] normalised by the fixed statistics."""
+        if x.requires_grad:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class BackboneWithFPN(nn.Module):
@@ -72,14 +84,7 @@ def _timm(name: str) -> tuple[nn.Module, list[int]]:
         body = timm.create_model(variant, features_only=True, pretrained=False, out_indices=indices)
     except (RuntimeError, AttributeError, ValueError) as error:
         raise ValueError(f"backbone: {name!r} does not give maps of strides {STRIDES}: {error}") from error
-    return _freeze_norms(body), body.feature_info.channels()
-
-
-def _freeze_norms(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm's statistics by fixed ones, keeping what follows it inside the same layer."""
-    from timm.layers import freeze_batch_norm_2d
-
-    return freeze_batch_norm_2d(module)
+    return timm.layers.freeze_batch_norm_2d(body), body.feature_info.channels()
 
 
 def _freeze(body: nn.Module, name: str, groups: list[tuple[str, ...]] | None, stages: int) -> None:

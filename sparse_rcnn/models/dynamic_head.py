@@ -48,6 +48,8 @@ class DynamicHead(nn.Module):
         Returns:
             logits [S, B, N, K] and boxes [S, B, N, 4] of every stage. Boxes are not clipped.
         """
+        # RoIAlign gathers all channels of a cell: once here rather than in every stage.
+        features = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
         all_logits, all_boxes = [], []
         for stage in self.stages:
             logits, boxes, proposal_features = stage(features, boxes, proposal_features)

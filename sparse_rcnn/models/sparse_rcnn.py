@@ -39,6 +39,9 @@ class StageOutputs:
 class SparseRCNN(nn.Module):
     """Sparse R-CNN (Sun et al., "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals", CVPR 2021).
 
+    ``model.to(memory_format=torch.channels_last)`` runs faster and rounds a little more; :class:`Predictor` and the
+    trainer do so.
+
     Args:
         config: what to build; the weights are initialised, nothing is downloaded.
     """
@@ -59,8 +62,6 @@ class SparseRCNN(nn.Module):
         self.criterion = SetCriterion(
             matcher, config.num_classes, config.no_object_weight, deep_supervision=config.deep_supervision
         )
-        # Convolutions and the RoIAlign gather read all channels of a cell at once.
-        self.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> SparseRCNN:
@@ -147,7 +148,7 @@ class SparseRCNN(nn.Module):
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
         shape = (len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32)
         # In float32 whatever the model's dtype is: 8-bit pixels need no more.
-        batch = torch.zeros(shape, device=weight.device).to(memory_format=torch.channels_last)
+        batch = torch.zeros(shape, device=weight.device)
         for slot, image in zip(batch, images, strict=True):
             pixels = image.to(slot) if image.dtype == torch.uint8 else image.to(slot) * 255.0
             slot[:, : image.shape[1], : image.shape[2]] = (pixels - mean) / std

@@ -61,10 +61,10 @@ def multiscale_roi_align_reference(
     level = box_levels(rois, strides, level_rule)  # [B * N]
     pooled = features[0].new_zeros(B * N, output_size**2, C)
     for index, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        # A level without boxes takes part too: its parameters get gradients of zero, as every step must give them.
         chosen = (level == index).nonzero().squeeze(1)
-        if chosen.numel():
-            bins = _roi_align(feature, rois[chosen], image[chosen], stride, output_size, sampling_ratio)
-            pooled = pooled.index_copy(0, chosen, bins)
+        bins = _roi_align(feature, rois[chosen], image[chosen], stride, output_size, sampling_ratio)
+        pooled = pooled.index_copy(0, chosen, bins)
     return pooled.view(B, N, output_size**2, C)
 
 
@@ -122,10 +122,11 @@ def _bilinear_taps(
         low, high (int64), fraction, inside (of the boxes' dtype), each [R, size, samples]. A sample further than one
         cell outside the map counts as zero; nearer ones read the border.
     """
-    offsets = torch.arange(size * samples, device=start.device, dtype=start.dtype).view(size, samples)
-    offsets = (offsets + 0.5) / (size * samples)
-    start, end = start / stride - 0.5, end / stride - 0.5
-    points = start.view(-1, 1, 1) + (end - start).view(-1, 1, 1) * offsets  # [R, size, samples]
+    bins = torch.arange(size, device=start.device, dtype=start.dtype).view(1, size, 1)
+    offsets = (torch.arange(samples, device=start.device, dtype=start.dtype) + 0.5).view(1, 1, samples)
+    start, end = (start / stride - 0.5).view(-1, 1, 1), (end / stride - 0.5).view(-1, 1, 1)
+    extent = (end - start) / size  # of a bin, in cells
+    points = start + bins * extent + offsets * extent / samples  # [R, size, samples]
     inside = ((points >= -1) & (points <= length)).to(points.dtype)
     points = points.nan_to_num().clamp(0, length - 1)
     low = points.floor()

@@ -33,6 +33,15 @@ def _official_key(name: str) -> str:
     return name
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The order of summation, and with it the rounding noise, depends on the threads; the tolerances are for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def fill():
     """``fill.py``: numpy weights, images and targets as functions of their names."""
