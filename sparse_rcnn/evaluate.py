@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from sparse_rcnn.data.coco import CocoDataset, find_split
 from sparse_rcnn.engine.evaluator import EvalResult, evaluate, match_classes
 from sparse_rcnn.runtime import pick_device

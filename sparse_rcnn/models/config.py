@@ -47,7 +47,8 @@ class SparseRCNNConfig:
         classification: ``focal`` (K sigmoids) or ``softmax`` (K + 1, the last is "no object").
         deep_supervision: losses at every stage, or at the last one only.
         backbone: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101`` or the name of a timm model.
-        frozen_stages: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on.
+        frozen_stages: of a ResNet: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on;
+            None is the paper's 2. Of a timm model nothing is frozen.
         level_rule: how a box chooses its FPN level, ``detectron2`` or ``mmdet``.
         delta_clamp: (lower, upper) bound of dw and dh before exp(); None is no bound.
         pixel_mean, pixel_std: of RGB values in 0..255.
@@ -78,7 +79,7 @@ class SparseRCNNConfig:
     classification: str = "focal"
     deep_supervision: bool = True
     backbone: str = "resnet50"
-    frozen_stages: int = 2
+    frozen_stages: int | None = None
     level_rule: str = "detectron2"
     delta_clamp: tuple[float | None, float | None] = OFFICIAL_DELTA_CLAMP
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
@@ -102,8 +103,10 @@ class SparseRCNNConfig:
                 raise ValueError(f"{field}: expected one of {', '.join(choices)}, got {getattr(self, field)!r}")
         for field in _POSITIVE_INTEGERS:
             _check_integer(field, getattr(self, field), minimum=1)
-        for field in ("num_cls_layers", "num_reg_layers", "frozen_stages"):
+        for field in ("num_cls_layers", "num_reg_layers"):
             _check_integer(field, getattr(self, field), minimum=0)
+        if self.frozen_stages is not None:
+            _check_integer("frozen_stages", self.frozen_stages, minimum=0)
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_dim {self.hidden_dim}, got {self.num_heads}")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
@@ -156,7 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "r101_300": {"backbone": "resnet101", "num_proposals": 300},
     "crowdhuman_r50_500": {"num_proposals": 500, "num_classes": 1, "class_names": ("person",)},
     "small": {
-        **{"backbone": "efficientnet_lite0", "frozen_stages": 0, "num_proposals": 50, "hidden_dim": 96},
-        **{"dim_dynamic": 16, "dim_feedforward": 384, "min_size": 256, "max_size": 448},
+        **{"backbone": "efficientnet_lite0", "num_proposals": 50, "hidden_dim": 96, "dim_dynamic": 16},
+        **{"dim_feedforward": 384, "min_size": 256, "max_size": 448},
     },
 }

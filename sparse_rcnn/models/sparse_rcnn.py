@@ -110,7 +110,8 @@ class SparseRCNN(nn.Module):
         Returns:
             In training the weighted losses (``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last stage, and with
             ``_0``, ``_1``... of the others); their sum is to be minimised. In evaluation a dict an image: ``boxes``
-            [n, 4] float32 xyxy clipped to the image, ``scores`` [n] descending, ``labels`` [n].
+            [n, 4] float32 xyxy clipped to the image, ``scores`` [n] descending, ``labels`` [n], and ``proposals``
+            [n], the proposal that each detection is.
 
         Raises:
             TypeError, ValueError: images or targets of the wrong type, shape or value.
@@ -171,7 +172,8 @@ class SparseRCNN(nn.Module):
             limit = image_boxes.new_tensor([width, height, width, height])
             kept = image_boxes[chosen].clamp(min=0).minimum(limit)
             full = (kept[:, 2] > kept[:, 0]) & (kept[:, 3] > kept[:, 1])
-            results.append({"boxes": kept[full], "scores": scores[full], "labels": labels[full]})
+            found = {"boxes": kept, "scores": scores, "labels": labels, "proposals": chosen}
+            results.append({name: values[full] for name, values in found.items()})
         return results
 
 

@@ -41,10 +41,13 @@ class KnownDetector(nn.Module):
         scores = torch.tensor([score for _, score, _ in KNOWN])
         labels = torch.tensor([label for _, _, label in KNOWN])
         sizes = [torch.tensor([image.shape[2], image.shape[1]] * 2) for image in images]
-        found = [{"boxes": fractions * size, "scores": scores, "labels": labels} for size in sizes]
+        proposals = torch.arange(4, -1, -1)  # proposal 4 is detection 0, and so on
+        found = [
+            {"boxes": fractions * size, "scores": scores, "labels": labels, "proposals": proposals} for size in sizes
+        ]
         if not return_stages:
             return found
-        last = torch.stack([fractions * size for size in sizes]).flip(1)  # proposal 4 is detection 0, and so on
+        last = torch.stack([fractions * size for size in sizes]).flip(1)
         logits = torch.full((2, len(images), 5, 3), -8.0)
         for position, label in enumerate(labels):
             logits[1, :, 4 - position, label] = torch.logit(scores[position])

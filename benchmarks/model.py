@@ -1,0 +1,112 @@
+"""Time and memory of whole-image inference, split into backbone, FPN and head.
+
+    python -m benchmarks.model [--preset r50_300] [--size 800 1333] [--runs 5] [--json FILE]
+
+The weights are random: no step of the detector depends on their values for its time. The peer of the ratio is
+torchvision's Faster R-CNN R50-FPN on the same image in the same run. The gate before the timing: the parts put
+together give the same as the model called whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+
+from sparse_rcnn import SparseRCNN, SparseRCNNConfig
+from sparse_rcnn.models.config import PRESETS
+from sparse_rcnn.models.proposals import to_pixels
+
+
+def main() -> int:
+    """Measure, print a table, and write JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="r50_300")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
+    parser.add_argument("--runs", type=int, default=5, help="timed runs after two to warm up (default 5)")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, *options.size), dtype=torch.uint8)
+    with torch.inference_mode():
+        rows = _sparse_rcnn(options.preset, image, options.runs)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the peer adds its own
+        rows["torchvision fasterrcnn_resnet50_fpn"] = _peer(image, options.runs)
+    total = rows["whole"]["median_s"]
+    for name, row in rows.items():
+        print(f"{name:38s} {row['median_s']:8.3f} s   {row['low_s']:.3f} .. {row['high_s']:.3f}")
+    ratio = total / rows["torchvision fasterrcnn_resnet50_fpn"]["median_s"]
+    print(f"ratio to torchvision Faster R-CNN      {ratio:8.2f}")
+    print(f"peak resident memory                   {memory:8.2f} GiB")
+    if options.json:
+        report = {"preset": options.preset, "size": list(options.size), "runs": options.runs, "rows": rows}
+        report |= {"ratio_to_torchvision_fasterrcnn": ratio, "peak_rss_gib": memory, **_environment()}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _sparse_rcnn(preset: str, image: torch.Tensor, runs: int) -> dict[str, dict[str, float]]:
+    model = SparseRCNN(SparseRCNNConfig.preset(preset)).to(memory_format=torch.channels_last).eval()
+    batch, sizes = model._normalize([image])
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    boxes = to_pixels(model.init_proposal_boxes.weight, sizes)
+    features = model.init_proposal_features.weight.unsqueeze(0)
+    body = model.backbone.body(batch)
+    maps = list(model.backbone.fpn(body).values()) if isinstance(body, dict) else model.backbone(batch)
+
+    logits, stage_boxes = model.head(maps, boxes, features)
+    whole = model([image], return_stages=True)
+    torch.testing.assert_close(logits, whole.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stage_boxes, whole.boxes, rtol=1e-4, atol=1e-2)
+    return {
+        "backbone": _time(lambda: model.backbone.body(batch), runs),
+        "FPN": _time(lambda: model.backbone.fpn(body), runs),
+        "head": _time(lambda: model.head(maps, boxes, features), runs),
+        "whole": _time(lambda: model([image]), runs),
+    }
+
+
+def _peer(image: torch.Tensor, runs: int) -> dict[str, float]:
+    height, width = image.shape[1:]
+    peer = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=min(height, width), max_size=max(height, width)
+    ).eval()
+    return _time(lambda: peer([image / 255.0]), runs)
+
+
+def _time(run: Callable[[], object], runs: int) -> dict[str, float]:
+    for _ in range(2):
+        run()
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return {"median_s": statistics.median(seconds), "low_s": min(seconds), "high_s": max(seconds)}
+
+
+def _environment() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
