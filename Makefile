@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test bench lint clean
 
 demo: $(STAMP)
+	rm -rf demo-output
 	$(BIN)/python -m sparse_rcnn.data.synthetic demo-output/scenes --train 0 --valid 8 --seed 2026
-	$(BIN)/python -m sparse_rcnn.infer demo-output/scenes/valid --output demo-output/drawn --json demo-output/detections.json
-	$(BIN)/python -m sparse_rcnn.infer demo-output/scenes/valid --output demo-output/stages --stages --quiet
-	@echo "drawn images: demo-output/drawn, boxes of every stage: demo-output/stages"
+	$(BIN)/python -m sparse_rcnn.infer demo-output/scenes/valid --output demo-output/drawn --stages \
+		--json demo-output/detections.json
+	@echo "drawn images, and the boxes of every stage (*.stages.jpg): demo-output/drawn"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

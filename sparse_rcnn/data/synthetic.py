@@ -264,7 +264,7 @@ def _scene_seeds(seed: int, split: str, count: int) -> list[int]:
 
 def _write_scenes(directory: Path, count: int, seeds: list[int], size: tuple[int, int], progress: bool) -> dict:
     images, annotations = [], []
-    for index in tqdm(range(count), desc="scenes", unit="img", disable=not progress):
+    for index in tqdm(range(count), desc="scenes", unit="img", disable=None if progress else True):
         image, boxes, labels = make_scene(seeds[index], size)
         name = f"{index:06d}.jpg"
         Image.fromarray(image).save(directory / name, quality=JPEG_QUALITY)

@@ -38,9 +38,7 @@ class SetCriterion(nn.Module):
         self.no_object_weight = no_object_weight
         self.deep_supervision = deep_supervision
 
-    def forward(
-        self, logits: Tensor, boxes: Tensor, targets: PackedTargets, image_sizes: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, logits: Tensor, boxes: Tensor, targets: PackedTargets, image_sizes: Tensor) -> dict[str, Tensor]:
         """The weighted losses.
 
         Args:
@@ -75,9 +73,7 @@ class SetCriterion(nn.Module):
         classes = matched_classes(matches, labels, logits.shape[2], background=self.num_classes)
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object_weight
-        losses = [
-            F.cross_entropy(x.flatten(0, 1), c.flatten(), weight) for x, c in zip(logits, classes, strict=True)
-        ]
+        losses = [F.cross_entropy(x.flatten(0, 1), c.flatten(), weight) for x, c in zip(logits, classes, strict=True)]
         return torch.stack(losses)
 
 

@@ -51,6 +51,9 @@ def _check_target(name: str, target: dict[str, Tensor], num_classes: int) -> Non
     if not isinstance(target, dict) or "boxes" not in target or "labels" not in target:
         raise TypeError(f"{name}: expected a dict with boxes and labels, got {target!r:.80}")
     boxes, labels = target["boxes"], target["labels"]
+    for field, value in (("boxes", boxes), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}.{field}: expected a tensor, got {type(value).__name__}")
     if labels.dtype != torch.int64 or labels.dim() != 1:
         raise TypeError(f"{name}.labels: expected int64 [M], got {labels.dtype} {list(labels.shape)}")
     if boxes.shape != (len(labels), 4) or not boxes.is_floating_point():

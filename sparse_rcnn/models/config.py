@@ -18,6 +18,7 @@ _CHOICES = {
     "classification": ("focal", "softmax"),
     "level_rule": ("detectron2", "mmdet"),
 }
+_NUMBERS = ("class_weight", "l1_weight", "giou_weight", "focal_alpha", "focal_gamma", "no_object_weight")
 _POSITIVE_INTEGERS = (
     *("num_classes", "num_proposals", "num_stages", "hidden_dim", "dim_dynamic", "dim_feedforward", "num_heads"),
     *("pooler_resolution", "sampling_ratio", "min_size", "max_size"),
@@ -109,13 +110,32 @@ class SparseRCNNConfig:
             _check_integer("frozen_stages", self.frozen_stages, minimum=0)
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_dim {self.hidden_dim}, got {self.num_heads}")
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names: expected {self.num_classes} names, got {len(self.class_names)}")
+        for field in ("self_attention", "deep_supervision"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}: expected true or false, got {getattr(self, field)!r}")
+        for field in _NUMBERS:
+            _check_number(field, getattr(self, field))
+        if not isinstance(self.backbone, str):
+            raise ValueError(f"backbone: expected a name, got {self.backbone!r}")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
         for field, length in (("delta_clamp", 2), ("pixel_mean", 3), ("pixel_std", 3)):
-            if len(getattr(self, field)) != length:
-                raise ValueError(f"{field}: expected {length} numbers, got {getattr(self, field)!r}")
+            values = getattr(self, field)
+            if not isinstance(values, tuple) or len(values) != length:
+                raise ValueError(f"{field}: expected {length} numbers, got {values!r}")
+            for value in values:
+                if not (field == "delta_clamp" and value is None):
+                    _check_number(field, value)
         if min(self.pixel_std) <= 0:
             raise ValueError(f"pixel_std: expected positive numbers, got {self.pixel_std}")
+        names = self.class_names
+        if names is None:
+            return
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"class_names: expected a list of names, got {names!r:.80}")
+        if len(names) != self.num_classes:
+            raise ValueError(f"class_names: expected {self.num_classes} names, got {len(names)}")
 
     def replace(self, **changes: Any) -> SparseRCNNConfig:
         """A copy with some fields changed; validated like a new one."""
@@ -144,6 +164,11 @@ class SparseRCNNConfig:
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def _check_number(field: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{field}: expected a number, got {value!r}")
 
 
 def _check_integer(field: str, value: Any, minimum: int) -> None:

@@ -68,7 +68,9 @@ class Stage(nn.Module):
         C = config.hidden_dim
         self.config = config
         self.strides = tuple(strides)
-        if config.self_attention:
+        # Plain interaction reads the box alone: there are no proposal features to attend to.
+        self.attends = config.self_attention and config.interaction != "plain"
+        if self.attends:
             self.self_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
             self.norm1 = nn.LayerNorm(C)
         self.inst_interact = _INTERACTIONS[config.interaction](config, strides)
@@ -83,7 +85,7 @@ class Stage(nn.Module):
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One refinement: boxes [B, N, 4] and proposal features x [B, N, C] in; logits, boxes, features out."""
-        if self.config.self_attention:
+        if self.attends:
             x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
         x = self.norm2(self.inst_interact(features, boxes, x))
         x = self.norm3(x + self.linear2(F.relu(self.linear1(x))))

@@ -52,6 +52,7 @@ class SparseRCNN(nn.Module):
         self.backbone = BackboneWithFPN(config.backbone, config.hidden_dim, config.frozen_stages)
         self.init_proposal_features = nn.Embedding(config.num_proposals, config.hidden_dim)
         self.init_proposal_boxes = nn.Embedding(config.num_proposals, 4)
+        self.init_proposal_features.requires_grad_(config.interaction != "plain")  # which does not read them
         with torch.no_grad():
             self.init_proposal_boxes.weight.copy_(proposals.initial_boxes(config.proposal_init, config.num_proposals))
         self.head = DynamicHead(config, STRIDES)
@@ -117,7 +118,7 @@ class SparseRCNN(nn.Module):
             TypeError, ValueError: images or targets of the wrong type, shape or value.
         """
         batch, sizes = self._normalize(images)
-        boxes = proposals.to_pixels(self.init_proposal_boxes.weight, sizes)  # [B, N, 4]
+        boxes = proposals.to_pixels(self.init_proposal_boxes.weight.to(sizes.dtype), sizes)  # [B, N, 4]
         features = self.init_proposal_features.weight.expand(len(images), -1, -1)  # [B, N, C]
         logits, stage_boxes = self.head(self.backbone(batch), boxes, features)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # under autocast
@@ -153,7 +154,9 @@ class SparseRCNN(nn.Module):
         for slot, image in zip(batch, images, strict=True):
             pixels = image.to(slot) if image.dtype == torch.uint8 else image.to(slot) * 255.0
             slot[:, : image.shape[1], : image.shape[2]] = (pixels - mean) / std
-        return batch.to(weight.dtype), weight.new_tensor([image.shape[1:] for image in images])
+        sizes = torch.tensor([image.shape[1:] for image in images], device=weight.device)
+        # Pixels of boxes need float32 at least, also in a half-precision model.
+        return batch.to(weight.dtype), sizes.to(torch.promote_types(weight.dtype, torch.float32))
 
     def _detections(self, logits: Tensor, boxes: Tensor, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """The best N of the last stage's scores for every image; no NMS, no threshold (section 3.4 of the paper)."""

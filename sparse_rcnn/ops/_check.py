@@ -31,6 +31,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
 
 
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ``TypeError`` unless ``tensor`` is a tensor of ``dtype``."""
+    got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    if got != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {got}")
+
+
 def check_integral(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` is int64, the dtype of labels, counts and indices."""
     if tensor.dtype != torch.int64:

@@ -15,7 +15,8 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
         boxes, others: [..., 4] xyxy of one shape, floating point.
 
     Returns:
-        [...] in (-1, 1]; two boxes without area give 0, never NaN.
+        [...] in (-1, 1], float32 for half types (whose range an area leaves); two boxes without area give 0, never
+        NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or dtype.
@@ -23,6 +24,8 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     check_shape("others", others, tuple(boxes.shape))
     check_shape("boxes", boxes, (*boxes.shape[:-1], 4))
     check_floating("boxes", boxes)
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    boxes, others = boxes.to(dtype), others.to(dtype)
     low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
     intersection = _area(low, high)
     union = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - intersection

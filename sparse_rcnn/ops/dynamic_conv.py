@@ -36,13 +36,12 @@ def dynamic_conv(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
     check_shape("roi_features", roi_features, ("R", "P", "C"))
+    check_shape("norm1_weight", norm1_weight, ("D",))
     check_parameters(parameters, roi_features.shape[0], roi_features.shape[2], norm1_weight.shape[0])
     check_norms(roi_features.shape[2], norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     check_floating("roi_features", roi_features)
     check_same_device(roi_features=roi_features, parameters=parameters, norm1_weight=norm1_weight)
-    return dynamic_conv_reference(
-        roi_features, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, eps
-    )
+    return dynamic_conv_reference(roi_features, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, eps)
 
 
 def dynamic_conv_reference(

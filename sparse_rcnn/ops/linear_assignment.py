@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,10 @@ def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     check_floating("cost", cost)
     check_integral("counts", counts)
     check_same_device(cost=cost, counts=counts)
+    batch = cost.shape[:-2]
+    ends = zip(reversed(counts.shape), reversed(batch), strict=False)
+    if counts.dim() > len(batch) or any(size not in (1, wanted) for size, wanted in ends):
+        raise ValueError(f"counts: expected a shape that broadcasts to {list(batch)}, got {list(counts.shape)}")
     return linear_assignment_reference(cost, counts)
 
 
@@ -43,6 +48,8 @@ def linear_assignment_reference(cost: Tensor, counts: Tensor) -> Tensor:
     for problem, size, row in zip(problems, sizes, proposals, strict=True):
         if not 0 <= size <= M:
             raise ValueError(f"counts: expected 0..{M}, the columns of cost, got {size}")
+        if not np.isfinite(problem[:, :size]).all():  # SciPy lets a positive infinity pass
+            raise ValueError("cost: expected finite numbers, got NaN or infinity")
         taken, targets = linear_sum_assignment(problem[:, :size])
         row[torch.from_numpy(targets)] = torch.from_numpy(taken)
     return proposals.view(*batch, M).to(cost.device)

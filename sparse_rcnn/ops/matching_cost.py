@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
+from sparse_rcnn.ops._check import check_dtype, check_floating, check_integral, check_same_device, check_shape
 from sparse_rcnn.ops.box_iou import pairwise_generalized_iou
 
 # What a NaN or infinite entry becomes: worse than any real pair, and finite, so that an assignment always exists.
@@ -55,6 +55,8 @@ def matching_cost(
         boxes=boxes, target_labels=target_labels, target_boxes=target_boxes, target_counts=target_counts,
         image_sizes=image_sizes,
     )  # fmt: skip
+    for name, tensor in (("target_boxes", target_boxes), ("image_sizes", image_sizes)):
+        check_dtype(name, tensor, boxes.dtype)
     if classification not in ("focal", "softmax"):
         raise ValueError(f"classification: expected focal or softmax, got {classification!r}")
     return matching_cost_reference(
@@ -80,16 +82,18 @@ def matching_cost_reference(
     S, B, N, _ = boxes.shape
     M = target_labels.shape[1]
     labels = target_labels.view(1, B, 1, M).expand(S, B, N, M)
+    logits = logits.to(boxes.dtype)
+    chosen = logits.gather(3, labels)
     if classification == "focal":
-        class_cost = _focal_cost(logits.to(boxes.dtype).gather(3, labels), alpha, gamma)
+        class_cost = _focal_cost(chosen, alpha, gamma)
     else:
-        class_cost = -logits.to(boxes.dtype).softmax(-1).gather(3, labels)
+        class_cost = -logits.softmax(-1).gather(3, labels)
     scale = image_sizes.flip(-1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
     normalised = target_boxes / scale.view(B, 1, 4)
     l1_cost = torch.cdist(boxes / scale.view(1, B, 1, 4), normalised.expand(S, B, M, 4), p=1)
     giou = pairwise_generalized_iou(boxes, target_boxes.expand(S, B, M, 4))
     cost = weights[0] * class_cost + weights[1] * l1_cost - weights[2] * giou
-    cost = torch.where(cost.isfinite(), cost, NON_FINITE_COST)
+    cost = torch.where(cost.isfinite() & chosen.isfinite(), cost, NON_FINITE_COST)
     padding = torch.arange(M, device=boxes.device) >= target_counts.view(B, 1)  # [B, M]
     return cost.masked_fill(padding.view(1, B, 1, M), 0.0)
 

@@ -147,6 +147,7 @@ def check_roi_align(
         raise ValueError(f"strides: expected one a level, got {len(strides)} for {len(features)} features")
     check_shape("boxes", boxes, ("B", "N", 4))
     check_floating("boxes", boxes)
+    check_shape("features[0]", features[0], (boxes.shape[0], "C", "H", "W"))
     for index, feature in enumerate(features):
         name = f"features[{index}]"
         check_shape(name, feature, (boxes.shape[0], features[0].shape[1], "H", "W"))
@@ -157,7 +158,7 @@ def check_roi_align(
             raise ValueError(f"{name}: expected at least one cell, got {list(feature.shape)}")
         check_same_device(boxes=boxes, **{name: feature})
     for index, stride in enumerate(strides):
-        if stride != strides[0] << index or stride < 1 or stride & (stride - 1):
+        if not isinstance(stride, int) or stride < 1 or stride & (stride - 1) or stride != strides[0] << index:
             raise ValueError(f"strides: expected powers of two, each twice the one before, got {list(strides)}")
     if output_size < 1 or sampling_ratio < 1:
         raise ValueError(f"output_size, sampling_ratio: expected >= 1, got {output_size}, {sampling_ratio}")

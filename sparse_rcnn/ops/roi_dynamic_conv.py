@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sparse_rcnn.ops._check import check_shape
 from sparse_rcnn.ops.dynamic_conv import check_norms, check_parameters, dynamic_conv_reference
 from sparse_rcnn.ops.multiscale_roi_align import check_roi_align, multiscale_roi_align_reference
 
@@ -43,6 +44,7 @@ def roi_dynamic_conv(
     """
     check_roi_align(features, boxes, strides, output_size, sampling_ratio, level_rule)
     channels = features[0].shape[1]
+    check_shape("norm1_weight", norm1_weight, ("D",))
     check_parameters(parameters, boxes.shape[0] * boxes.shape[1], channels, norm1_weight.shape[0])
     check_norms(channels, norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     return roi_dynamic_conv_reference(
@@ -67,7 +69,5 @@ def roi_dynamic_conv_reference(
 ) -> Tensor:
     """The specification of :func:`roi_dynamic_conv`."""
     roi = multiscale_roi_align_reference(features, boxes, strides, output_size, sampling_ratio, level_rule)
-    x = dynamic_conv_reference(
-        roi.flatten(0, 1), parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, eps
-    )
+    x = dynamic_conv_reference(roi.flatten(0, 1), parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, eps)
     return x.view_as(roi)

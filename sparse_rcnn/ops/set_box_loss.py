@@ -9,9 +9,7 @@ from sparse_rcnn.ops._check import check_floating, check_integral, check_same_de
 from sparse_rcnn.ops.box_iou import generalized_iou
 
 
-def set_box_loss(
-    boxes: Tensor, matches: Tensor, target_boxes: Tensor, image_sizes: Tensor
-) -> tuple[Tensor, Tensor]:
+def set_box_loss(boxes: Tensor, matches: Tensor, target_boxes: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The two box losses summed over matched pairs.
 
     Source: DETR (equation 2); Sparse R-CNN, section 3.3.

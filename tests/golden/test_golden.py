@@ -63,9 +63,7 @@ def test_losses_and_gradients(golden_model, golden_images, golden_training, fill
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
-def test_losses_and_gradients_in_float64(
-    golden_model, golden_images, golden_training, fill, official_keys, case
-):
+def test_losses_and_gradients_in_float64(golden_model, golden_images, golden_training, fill, official_keys, case):
     targets = _targets(fill, golden_training[case]["counts"])
     expected = golden_training[case]["float64"]
     losses, norms = _losses_and_norms(golden_model.double(), golden_images, targets, official_keys)

