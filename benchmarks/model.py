@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ import torchvision
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.models.config import PRESETS
 from sparse_rcnn.models.proposals import to_pixels
+
+PEER = "torchvision fasterrcnn_resnet50_fpn"
 
 
 def main() -> int:
@@ -39,13 +42,14 @@ def main() -> int:
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, *options.size), dtype=torch.uint8)
     with torch.inference_mode():
-        rows = _sparse_rcnn(options.preset, image, options.runs)
+        parts = _sparse_rcnn(options.preset, image)
+        parts["whole"]()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # before the peer adds its own
-        rows["torchvision fasterrcnn_resnet50_fpn"] = _peer(image, options.runs)
+        rows = _time(parts | {PEER: _peer(image)}, options.runs)
     total = rows["whole"]["median_s"]
     for name, row in rows.items():
         print(f"{name:38s} {row['median_s']:8.3f} s   {row['low_s']:.3f} .. {row['high_s']:.3f}")
-    ratio = total / rows["torchvision fasterrcnn_resnet50_fpn"]["median_s"]
+    ratio = total / rows[PEER]["median_s"]
     print(f"ratio to torchvision Faster R-CNN      {ratio:8.2f}")
     print(f"peak resident memory                   {memory:8.2f} GiB")
     if options.json:
@@ -56,44 +60,51 @@ def main() -> int:
     return 0
 
 
-def _sparse_rcnn(preset: str, image: torch.Tensor, runs: int) -> dict[str, dict[str, float]]:
+def _sparse_rcnn(preset: str, image: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The detector's parts and the whole of it, as calls to be timed; the gate has passed."""
     model = SparseRCNN(SparseRCNNConfig.preset(preset)).to(memory_format=torch.channels_last).eval()
     batch, sizes = model._normalize([image])
     batch = batch.contiguous(memory_format=torch.channels_last)
     boxes = to_pixels(model.init_proposal_boxes.weight, sizes)
     features = model.init_proposal_features.weight.unsqueeze(0)
     body = model.backbone.body(batch)
-    maps = list(model.backbone.fpn(body).values()) if isinstance(body, dict) else model.backbone(batch)
+    if not isinstance(body, dict):
+        body = OrderedDict((str(level), feature) for level, feature in enumerate(body))
+    maps = list(model.backbone.fpn(body).values())
 
     logits, stage_boxes = model.head(maps, boxes, features)
     whole = model([image], return_stages=True)
     torch.testing.assert_close(logits, whole.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(stage_boxes, whole.boxes, rtol=1e-4, atol=1e-2)
     return {
-        "backbone": _time(lambda: model.backbone.body(batch), runs),
-        "FPN": _time(lambda: model.backbone.fpn(body), runs),
-        "head": _time(lambda: model.head(maps, boxes, features), runs),
-        "whole": _time(lambda: model([image]), runs),
+        "backbone": lambda: model.backbone.body(batch),
+        "FPN": lambda: model.backbone.fpn(body),
+        "head": lambda: model.head(maps, boxes, features),
+        "whole": lambda: model([image]),
     }
 
 
-def _peer(image: torch.Tensor, runs: int) -> dict[str, float]:
+def _peer(image: torch.Tensor) -> Callable[[], object]:
     height, width = image.shape[1:]
     peer = torchvision.models.detection.fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, min_size=min(height, width), max_size=max(height, width)
     ).eval()
-    return _time(lambda: peer([image / 255.0]), runs)
+    return lambda: peer([image / 255.0])
 
 
-def _time(run: Callable[[], object], runs: int) -> dict[str, float]:
-    for _ in range(2):
-        run()
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return {"median_s": statistics.median(seconds), "low_s": min(seconds), "high_s": max(seconds)}
+def _time(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, dict[str, float]]:
+    """Seconds of each call, taken in turn, so that a machine whose speed drifts is the same to all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(runs + 2):  # two to warm up
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {"median_s": statistics.median(values), "low_s": min(values), "high_s": max(values)}
+        for name, values in seconds.items()
+    }
 
 
 def _environment() -> dict[str, object]:
