@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_rcnn.data.coco import CocoDataset, find_split
 from sparse_rcnn.engine.evaluator import EvalResult, evaluate, match_classes
 from sparse_rcnn.runtime import pick_device
+from sparse_rcnn.weights.atomic import atomic_write
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = evaluate(model, dataset, args.batch_size, args.dtype, progress=True)
         print("\n".join(table(result)))
         if args.json:
-            _write_json(args.json, {"weights": args.weights, "data": args.data, **result.to_dict()})
+            _write_json(args.json, {"weights": args.weights, "data": args.data, **result.to_dict()}, indent=2)
         if args.detections:
             _write_json(args.detections, result.detections)
     except (ValueError, OSError, RuntimeError) as error:
@@ -81,13 +81,9 @@ def table(result: EvalResult) -> list[str]:
     return lines + [f"note: {note}" for note in result.notes]
 
 
-def _write_json(path: str, value: Any) -> None:
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_json(path: str, value: Any, indent: int | None = None) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def _fail(error: Exception | str, code: int) -> int:
