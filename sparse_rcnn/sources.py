@@ -107,9 +107,8 @@ def _images_below(directory: str, recursive: bool, required: bool = True) -> Ite
             path = os.path.join(folder, name)
             if name.startswith(".") or os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
                 continue
-            if os.path.isfile(path):  # a pipe or a dangling link is no image
-                found = True
-                yield path, os.path.relpath(path, directory)
+            found = True
+            yield path, os.path.relpath(path, directory)  # also a dangling link: to be named as a bad file
     if required and not found:
         raise FileNotFoundError("no images in this directory" + ("" if recursive else " (--recursive looks deeper)"))
 

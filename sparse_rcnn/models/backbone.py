@@ -33,7 +33,7 @@ class BackboneWithFPN(nn.Module):
     BatchNorm is frozen, as in the paper: batches of detection are too small for their own statistics.
 
     Args:
-        name: ``resnet18|34|50|101`` or the name of a timm model with ``features_only``.
+        name: ``resnet18|34|50|101`` or the name of a timm model with ``features_only`` that takes images of any size.
         channels: channels of every map.
         frozen_stages: of a ResNet: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on;
             None is the paper's 2. Of a timm model nothing is frozen.

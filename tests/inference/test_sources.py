@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.data.decode import ImageError, decode_image
 from sparse_rcnn.runtime import read_image
 from sparse_rcnn.sources import Inputs, expand_inputs, fetch_url, image_ids, output_names
 
@@ -72,9 +72,13 @@ def test_problems(tree):
     assert len(inputs.problems) == 4
 
 
-def test_a_pipe_in_a_directory_is_passed_over(tree):
+def test_what_cannot_be_read_in_a_directory_is_kept_to_be_named(tree):
     os.mkfifo(tree / "a" / "0.jpg")
-    assert _sources("a") == ["a/1.PNG", "a/2.jpg"]
+    os.symlink("nowhere.jpg", tree / "a" / "3.jpg")
+    assert _sources("a") == ["a/0.jpg", "a/1.PNG", "a/2.jpg", "a/3.jpg"]
+    for name, reason in (("0.jpg", "not a regular file"), ("3.jpg", "no such file")):
+        with pytest.raises(ImageError, match=reason):
+            decode_image(tree / "a" / name)
 
 
 def test_output_names_keep_the_structure(tree):
