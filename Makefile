@@ -1,10 +1,15 @@
 # Every target sets up what it needs in .venv; a fresh clone needs nothing but Python >= 3.10 and a package index.
+# Without a C++ compiler all of them run on the references.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPAT := .venv-compat
+PIP := -m pip install --quiet --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.cpp csrc/*.txt csrc/common/* csrc/cpu/* csrc/cuda/*)
+SANITIZED := build/sanitize
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-compat test-sanitize bench lint clean
 
 demo: $(STAMP)
 	rm -rf demo-output
@@ -16,18 +21,41 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# The wheel of the newest torch, on the oldest torch that the package allows.
+test-compat: $(STAMP)
+	rm -rf build/compat $(COMPAT)
+	SPARSE_RCNN_CUDA=0 $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/compat
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python $(PIP) 'torch==2.11.*' 'torchvision==0.26.*' pytest hypothesis
+	$(COMPAT)/bin/python $(PIP) build/compat/*.whl
+	# From another folder: the checkout must not stand in for the installed wheel.
+	mkdir -p build/compat/tests && cp -r tests/ops tests/conftest.py build/compat/tests/
+	cd build/compat && ../../$(COMPAT)/bin/python -m pytest -c /dev/null --rootdir . --import-mode=importlib \
+		-q tests/ops -k 'not emulated'
+
+# The CPU kernels, and the CUDA kernels run on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitize: $(STAMP)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DSPARSE_RCNN_EMULATED=ON -DSPARSE_RCNN_SANITIZE=ON \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	SPARSE_RCNN_LIBRARIES=$(abspath $(SANITIZED)) $(BIN)/python -m pytest tests/ops tests/emulator -k 'native or cuda or emulat'
+
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Reinstalled only when the dependencies change: the install is editable.
-$(STAMP): pyproject.toml setup.py
+# The install is editable; it is made again when the dependencies or the native sources change. torch comes first:
+# the libraries are built against the one they will run with.
+$(STAMP): pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint,backbones]'
+	$(BIN)/python $(PIP) 'setuptools>=77' ninja numpy 'torch>=2.11' 'torchvision>=0.26'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $(PIP) --no-build-isolation -e '.[test,lint,backbones]'
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info sparse_rcnn/*.so demo-output .pytest_cache .ruff_cache

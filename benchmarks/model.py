@@ -4,19 +4,15 @@
 
 The weights are random: no step of the detector depends on their values for its time. The peer of the ratio is
 torchvision's Faster R-CNN R50-FPN on the same image in the same run. The gate before the timing: the parts put
-together give the same as the model called whole.
+together give the same as the model called whole, and the native operators the same as the references.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import statistics
-import subprocess
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +20,9 @@ from pathlib import Path
 import torch
 import torchvision
 
+from benchmarks.environment import environment, write_json
+from benchmarks.harness import using
+from benchmarks.measure import in_turn
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.models.config import PRESETS
 from sparse_rcnn.models.proposals import to_pixels
@@ -55,9 +54,8 @@ def main() -> int:
     print(f"peak resident memory                   {memory:8.2f} GiB")
     if options.json:
         report = {"preset": options.preset, "size": list(options.size), "runs": options.runs, "rows": rows}
-        report |= {"ratio_to_torchvision_fasterrcnn": ratio, "peak_rss_gib": memory, **_environment()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        report |= {"ratio_to_torchvision_fasterrcnn": ratio, "peak_rss_gib": memory, **environment()}
+        write_json(options.json, report)
     return 0
 
 
@@ -72,14 +70,16 @@ def _sparse_rcnn(model: SparseRCNN, image: torch.Tensor) -> dict[str, Callable[[
         body = OrderedDict((str(level), feature) for level, feature in enumerate(body))
     maps = list(model.backbone.fpn(body).values())
 
-    logits, stage_boxes = model.head(maps, boxes, features)
+    head = using("reference", lambda: model.head(maps, boxes, features))
     whole = model([image], return_stages=True)
-    torch.testing.assert_close(logits, whole.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stage_boxes, whole.boxes, rtol=1e-4, atol=1e-2)
+    for logits, stage_boxes in (model.head(maps, boxes, features), head()):
+        torch.testing.assert_close(logits, whole.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stage_boxes, whole.boxes, rtol=1e-4, atol=1e-2)
     return {
         "backbone": lambda: model.backbone.body(batch),
         "FPN": lambda: model.backbone.fpn(body),
         "head": lambda: model.head(maps, boxes, features),
+        "head, reference operators": head,
         "whole": lambda: model([image]),
     }
 
@@ -93,29 +93,11 @@ def _peer(image: torch.Tensor) -> Callable[[], object]:
 
 
 def _time(calls: dict[str, Callable[[], object]], runs: int) -> dict[str, dict[str, float]]:
-    """Seconds of each call, taken in turn, so that a machine whose speed drifts is the same to all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(runs + 2):  # two to warm up
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if round_number >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    numbered = {name: lambda _, call=call: call() for name, call in calls.items()}
+    seconds = in_turn(numbered, torch.device("cpu"), runs, float("inf"))
     return {
         name: {"median_s": statistics.median(values), "low_s": min(values), "high_s": max(values)}
         for name, values in seconds.items()
-    }
-
-
-def _environment() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Detections", "Predictor", "SparseRCNN", "SparseRCNNConfig", "__version__"]
+
+# In a checkout the Triton kernels lie beside the package, in kernels/; installed, they lie in it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 # Resolved on first use, so that `import sparse_rcnn.ops` loads neither torchvision nor Pillow.
 _HOMES = {

@@ -1,8 +1,11 @@
 """The operators of set-prediction detectors. Each ``<op>`` has its specification beside it, ``<op>_reference``.
 
-Needs torch and scipy only, so that other detectors can use it alone.
+Needs torch and scipy only, so that other detectors can use it alone. Native kernels serve where they were built,
+the references elsewhere; :func:`backend` chooses.
 """
 
+from sparse_rcnn.ops import _library
+from sparse_rcnn.ops._library import backend
 from sparse_rcnn.ops.apply_deltas import apply_deltas, apply_deltas_reference
 from sparse_rcnn.ops.box_iou import generalized_iou, pairwise_generalized_iou
 from sparse_rcnn.ops.dynamic_conv import dynamic_conv, dynamic_conv_reference
@@ -12,10 +15,12 @@ from sparse_rcnn.ops.multiscale_roi_align import multiscale_roi_align, multiscal
 from sparse_rcnn.ops.roi_dynamic_conv import roi_dynamic_conv, roi_dynamic_conv_reference
 from sparse_rcnn.ops.set_box_loss import set_box_loss, set_box_loss_reference
 from sparse_rcnn.ops.set_focal_loss import set_focal_loss, set_focal_loss_reference
+from sparse_rcnn.ops.shared_gradients import share_gradients
 
 __all__ = [
     "apply_deltas",
     "apply_deltas_reference",
+    "backend",
     "dynamic_conv",
     "dynamic_conv_reference",
     "generalized_iou",
@@ -32,4 +37,7 @@ __all__ = [
     "set_box_loss_reference",
     "set_focal_loss",
     "set_focal_loss_reference",
+    "share_gradients",
 ]
+
+_library.load()

@@ -38,6 +38,16 @@ def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: expected {dtype}, got {got}")
 
 
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Raise ``TypeError`` unless all tensors have the dtype of the first; autocast makes them equal by itself."""
+    (first, head), *rest = tensors.items()
+    if torch.is_autocast_enabled(head.device.type):
+        return
+    for name, tensor in rest:
+        if tensor.dtype != head.dtype:
+            raise TypeError(f"{name}: expected {head.dtype} like {first}, got {tensor.dtype}")
+
+
 def check_integral(name: str, tensor: Tensor) -> None:
     """Raise ``TypeError`` unless ``tensor`` is int64, the dtype of labels, counts and indices."""
     if tensor.dtype != torch.int64:

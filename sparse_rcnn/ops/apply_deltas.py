@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_floating, check_same_device, check_shape
 
 # A centre that moves by dx * width needs small dx: the official code divides the raw deltas by these.
@@ -42,7 +44,10 @@ def apply_deltas(
     check_same_device(deltas=deltas, boxes=boxes)
     if len(weights) != 4:
         raise ValueError(f"weights: expected four numbers, got {list(weights)}")
-    return apply_deltas_reference(deltas, boxes, weights, clamp)
+    native = _library.kernels("apply_deltas", deltas.device)
+    if native is None:
+        return apply_deltas_reference(deltas, boxes, weights, clamp)
+    return native.apply_deltas(deltas, boxes, [float(weight) for weight in weights], *clamp)
 
 
 def apply_deltas_reference(
@@ -62,3 +67,25 @@ def apply_deltas_reference(
     centers = shift * sizes + centers
     sizes = scale.exp() * sizes
     return torch.cat([centers - 0.5 * sizes, centers + 0.5 * sizes], dim=-1)
+
+
+def _fake(deltas: Tensor, boxes: Tensor, weights: Sequence[float], lower: float | None, upper: float | None) -> Tensor:
+    return deltas.new_empty(deltas.shape, dtype=torch.promote_types(deltas.dtype, boxes.dtype))
+
+
+def _fake_backward(grad: Tensor, deltas: Tensor, boxes: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return deltas.new_empty(deltas.shape), boxes.new_empty(boxes.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    deltas, boxes, *ctx.options = inputs
+    ctx.save_for_backward(deltas, boxes)
+
+
+def _backward(native: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_deltas, grad_boxes = native.apply_deltas_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_deltas, grad_boxes, None, None, None
+
+
+_library.declare("apply_deltas", fake=_fake, setup_context=_setup_context, backward=_backward)
+_library.declare("apply_deltas_backward", fake=_fake_backward)

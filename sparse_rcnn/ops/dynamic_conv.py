@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_rcnn.ops._check import check_floating, check_same_device, check_shape
+from sparse_rcnn.ops import _library
+from sparse_rcnn.ops._check import check_floating, check_same_device, check_same_dtype, check_shape
 
 
 def dynamic_conv(
@@ -40,8 +43,15 @@ def dynamic_conv(
     check_parameters(parameters, roi_features.shape[0], roi_features.shape[2], norm1_weight.shape[0])
     check_norms(roi_features.shape[2], norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     check_floating("roi_features", roi_features)
-    check_same_device(roi_features=roi_features, parameters=parameters, norm1_weight=norm1_weight)
-    return dynamic_conv_reference(roi_features, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, eps)
+    check_same_dtype(roi_features=roi_features, parameters=parameters)
+    check_same_device(roi_features=roi_features, parameters=parameters)
+    check_same_device(roi_features=roi_features, norm1_weight=norm1_weight, norm1_bias=norm1_bias)
+    check_same_device(roi_features=roi_features, norm2_weight=norm2_weight, norm2_bias=norm2_bias)
+    native = _library.kernels("dynamic_conv", roi_features.device)
+    norms = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
+    if native is None:
+        return dynamic_conv_reference(roi_features, parameters, *norms, eps)
+    return native.dynamic_conv(roi_features, parameters, *wide_norms(norms, roi_features.dtype), eps)
 
 
 def dynamic_conv_reference(
@@ -76,3 +86,57 @@ def check_norms(channels: int, weight1: Tensor, bias1: Tensor, weight2: Tensor, 
     check_shape("norm1_bias", bias1, tuple(weight1.shape))
     check_shape("norm2_weight", weight2, (channels,))
     check_shape("norm2_bias", bias2, (channels,))
+
+
+def wide_norms(norms: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The norms' parameters in the type that a kernel for ``dtype`` sums in: float32, float64 for float64."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return tuple(norm.to(wide) for norm in norms)
+
+
+def split_norm_grads(grad_norms: Tensor, inner: int, channels: int) -> tuple[Tensor, ...]:
+    """Sum the RoIs' parts [R, 2 * (D + C)] into the gradients of the four norm parameters."""
+    return grad_norms.sum(0).split([inner, inner, channels, channels])
+
+
+def _fake(roi_features: Tensor, parameters: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(roi_features, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(
+    grad: Tensor,
+    roi_features: Tensor,
+    parameters: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm_sizes = 2 * (norm1_weight.shape[0] + norm2_weight.shape[0])
+    return (
+        torch.empty_like(roi_features, memory_format=torch.contiguous_format),
+        torch.empty_like(parameters, memory_format=torch.contiguous_format),
+        norm1_weight.new_empty(parameters.shape[0], norm_sizes),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(native: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    roi_features, parameters, *norms = ctx.saved_tensors
+    grad_roi_features, grad_parameters, grad_norms = native.dynamic_conv_backward(
+        grad, roi_features, parameters, *norms, ctx.eps
+    )
+    return grad_roi_features, grad_parameters, *split_norm_grads(grad_norms, len(norms[0]), len(norms[2])), None
+
+
+def _autocast(dtype: torch.dtype, roi_features: Tensor, parameters: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return roi_features.to(dtype), parameters.to(dtype), *rest
+
+
+_library.declare("dynamic_conv", fake=_fake, setup_context=_setup_context, backward=_backward, autocast=_autocast)
+_library.declare("dynamic_conv_backward", fake=_fake_backward)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device
 
 
@@ -23,7 +27,9 @@ def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
         more of them than proposals.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or a cost that is not finite.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; on the CPU also a count out of
+            range or a cost that is not finite. On a GPU, which the host would have to wait for to know, such a count
+            is clamped and such a cost counts as 1e30.
     """
     if cost.dim() < 2:
         raise ValueError(f"cost: expected shape [..., N, M], got {list(cost.shape)}")
@@ -34,7 +40,18 @@ def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     ends = zip(reversed(counts.shape), reversed(batch), strict=False)
     if counts.dim() > len(batch) or any(size not in (1, wanted) for size, wanted in ends):
         raise ValueError(f"counts: expected a shape that broadcasts to {list(batch)}, got {list(counts.shape)}")
-    return linear_assignment_reference(cost, counts)
+    native = _library.kernels("linear_assignment", cost.device)
+    if native is None:
+        return linear_assignment_reference(cost, counts)
+    problems = cost.detach().reshape(math.prod(batch), *cost.shape[-2:]).to(torch.promote_types(cost.dtype, torch.float32))
+    sizes = counts.expand(batch).reshape(-1)
+    try:
+        return native.linear_assignment(problems, sizes).view(*batch, cost.shape[-1])
+    except RuntimeError as error:
+        found = re.search(r"(cost|counts): expected .*", str(error))  # what only a look at the values can tell
+        if found is None:
+            raise
+        raise ValueError(found[0]) from None
 
 
 def linear_assignment_reference(cost: Tensor, counts: Tensor) -> Tensor:
@@ -53,3 +70,10 @@ def linear_assignment_reference(cost: Tensor, counts: Tensor) -> Tensor:
         taken, targets = linear_sum_assignment(problem[:, :size])
         row[torch.from_numpy(targets)] = torch.from_numpy(taken)
     return proposals.view(*batch, M).to(cost.device)
+
+
+def _fake(cost: Tensor, counts: Tensor) -> Tensor:
+    return counts.new_empty(cost.shape[0], cost.shape[2])
+
+
+_library.declare("linear_assignment", fake=_fake)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_dtype, check_floating, check_integral, check_same_device, check_shape
 from sparse_rcnn.ops.box_iou import pairwise_generalized_iou
 
@@ -59,10 +60,12 @@ def matching_cost(
         check_dtype(name, tensor, boxes.dtype)
     if classification not in ("focal", "softmax"):
         raise ValueError(f"classification: expected focal or softmax, got {classification!r}")
-    return matching_cost_reference(
-        *(logits, boxes, target_labels, target_boxes, target_counts, image_sizes),
-        *(weights, alpha, gamma, classification),
-    )
+    arguments = (logits, boxes, target_labels, target_boxes, target_counts, image_sizes)
+    triton = _library.kernels("matching_cost", boxes.device)
+    if triton is None:
+        return matching_cost_reference(*arguments, weights, alpha, gamma, classification)
+    arguments = [argument.detach() for argument in arguments]
+    return triton.matching_cost(*arguments, weights, alpha, gamma, classification, NON_FINITE_COST)
 
 
 @torch.no_grad()
@@ -122,3 +125,6 @@ def check_targets(batch: int, target_labels: Tensor, target_boxes: Tensor) -> No
     check_integral("target_labels", target_labels)
     check_shape("target_boxes", target_boxes, (*target_labels.shape, 4))
     check_floating("target_boxes", target_boxes)
+
+
+_library.declare_triton("matching_cost")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_floating, check_same_device, check_shape
+from sparse_rcnn.ops.shared_gradients import SharedFeatures, call_sharing, new_grad_cells, split_grad_cells
 
 LEVEL_RULES = ("detectron2", "mmdet")
+MAX_LEVELS = 8  # what the kernels' argument block holds
 
 
 def multiscale_roi_align(
@@ -42,7 +47,15 @@ def multiscale_roi_align(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
     """
     check_roi_align(features, boxes, strides, output_size, sampling_ratio, level_rule)
-    return multiscale_roi_align_reference(features, boxes, strides, output_size, sampling_ratio, level_rule)
+    native = _library.kernels("multiscale_roi_align", boxes.device)
+    options = (strides, output_size, sampling_ratio, level_rule)
+    if native is None:
+        return multiscale_roi_align_reference(features, boxes, *options)
+    boxes = wide_boxes(boxes)
+    if isinstance(features, SharedFeatures) and torch.is_grad_enabled():
+        backward = partial(_backward_sharing, native)
+        return call_sharing(features, native.multiscale_roi_align, backward, boxes, *options)
+    return native.multiscale_roi_align(list(features), boxes, *options)
 
 
 def multiscale_roi_align_reference(
@@ -56,7 +69,7 @@ def multiscale_roi_align_reference(
     """The specification of :func:`multiscale_roi_align`, level by level in plain PyTorch."""
     B, N = boxes.shape[:2]
     C = features[0].shape[1]
-    rois = boxes.detach().reshape(B * N, 4)
+    rois = wide_boxes(boxes).reshape(B * N, 4)
     image = torch.arange(B, device=boxes.device).repeat_interleave(N)  # [B * N]
     level = box_levels(rois, strides, level_rule)  # [B * N]
     pooled = features[0].new_zeros(B * N, output_size**2, C)
@@ -66,6 +79,11 @@ def multiscale_roi_align_reference(
         bins = _roi_align(feature, rois[chosen], image[chosen], stride, output_size, sampling_ratio)
         pooled = pooled.index_copy(0, chosen, bins)
     return pooled.view(B, N, output_size**2, C)
+
+
+def wide_boxes(boxes: Tensor) -> Tensor:
+    """The boxes [..., 4] detached, in the type their coordinates are computed in: float32 unless they are float64."""
+    return boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
 
 
 def box_levels(boxes: Tensor, strides: Sequence[int], level_rule: str = "detectron2") -> Tensor:
@@ -145,6 +163,8 @@ def check_roi_align(
     """Raise unless the arguments of :func:`multiscale_roi_align` fit one another."""
     if len(features) == 0 or len(features) != len(strides):
         raise ValueError(f"strides: expected one a level, got {len(strides)} for {len(features)} features")
+    if len(features) > MAX_LEVELS:
+        raise ValueError(f"features: expected at most {MAX_LEVELS} levels, got {len(features)}")
     check_shape("boxes", boxes, ("B", "N", 4))
     check_floating("boxes", boxes)
     check_shape("features[0]", features[0], (boxes.shape[0], "C", "H", "W"))
@@ -164,3 +184,39 @@ def check_roi_align(
         raise ValueError(f"output_size, sampling_ratio: expected >= 1, got {output_size}, {sampling_ratio}")
     if level_rule not in LEVEL_RULES:
         raise ValueError(f"level_rule: expected one of {', '.join(LEVEL_RULES)}, got {level_rule!r}")
+
+
+def _fake(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    strides: Sequence[int],
+    output_size: int,
+    sampling_ratio: int,
+    level_rule: str,
+) -> Tensor:
+    return features[0].new_empty(*boxes.shape[:2], output_size**2, features[0].shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, boxes, *ctx.options = inputs
+    ctx.save_for_backward(*features, boxes)
+
+
+def _backward(native: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *features, boxes = ctx.saved_tensors
+    cells = new_grad_cells(features)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    native.multiscale_roi_align_backward(grad, features, boxes, *ctx.options, deterministic, cells)
+    return split_grad_cells(cells, features), None, None, None, None, None
+
+
+def _backward_sharing(
+    native: Any, grad: Tensor, features: Sequence[Tensor], cells: Tensor, boxes: Tensor, *options: Any
+) -> tuple[None, ...]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    native.multiscale_roi_align_backward(grad, features, boxes, *options, deterministic, cells)
+    return None, None, None, None, None
+
+
+_library.declare("multiscale_roi_align", fake=_fake, setup_context=_setup_context, backward=_backward)
+_library.declare("multiscale_roi_align_backward", fake=lambda *arguments: None)

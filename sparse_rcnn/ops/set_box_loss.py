@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
 from sparse_rcnn.ops.box_iou import generalized_iou
 
@@ -33,7 +36,11 @@ def set_box_loss(boxes: Tensor, matches: Tensor, target_boxes: Tensor, image_siz
     check_floating("boxes", boxes)
     check_integral("matches", matches)
     check_same_device(boxes=boxes, matches=matches, target_boxes=target_boxes, image_sizes=image_sizes)
-    return set_box_loss_reference(boxes, matches, target_boxes, image_sizes)
+    triton = _library.kernels("set_box_loss", boxes.device)
+    if triton is None:
+        return set_box_loss_reference(boxes, matches, target_boxes, image_sizes)
+    wide = boxes.to(torch.promote_types(boxes.dtype, torch.float32))  # an area leaves the range of the half types
+    return _SetBoxLoss.apply(triton, wide, matches, target_boxes.to(wide.dtype), image_sizes.to(wide.dtype))
 
 
 def set_box_loss_reference(
@@ -54,3 +61,25 @@ def set_box_loss_reference(
     zero = l1.new_zeros(())
     l1, giou = torch.where(matched, l1, zero), torch.where(matched, giou, zero)
     return l1.flatten(1).sum(1), giou.flatten(1).sum(1)
+
+
+class _SetBoxLoss(torch.autograd.Function):
+    """The kernel makes both losses and their gradients in one pass; the backward only weighs them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, triton: Any, boxes: Tensor, matches: Tensor, target_boxes: Tensor, image_sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        l1, giou, grad_l1, grad_giou = triton.set_box_loss(boxes, matches, target_boxes, image_sizes)
+        ctx.save_for_backward(grad_l1, grad_giou)
+        return l1, giou
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_l1: Tensor, by_giou: Tensor) -> tuple[Tensor | None, ...]:
+        grad_l1, grad_giou = ctx.saved_tensors
+        grad = torch.addcmul(grad_l1 * by_l1.view(-1, 1, 1, 1), grad_giou, by_giou.view(-1, 1, 1, 1))
+        return None, grad, None, None, None
+
+
+_library.declare_triton("set_box_loss")

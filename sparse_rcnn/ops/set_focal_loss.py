@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
 
 
@@ -35,7 +38,11 @@ def set_focal_loss(
     check_integral("matches", matches)
     check_integral("target_labels", target_labels)
     check_same_device(logits=logits, matches=matches, target_labels=target_labels)
-    return set_focal_loss_reference(logits, matches, target_labels, alpha, gamma)
+    triton = _library.kernels("set_focal_loss", logits.device)
+    if triton is None:
+        return set_focal_loss_reference(logits, matches, target_labels, alpha, gamma)
+    classes = matched_classes(matches, target_labels, logits.shape[2], logits.shape[3])
+    return _SetFocalLoss.apply(triton, logits, classes, alpha, gamma)
 
 
 def set_focal_loss_reference(
@@ -63,3 +70,22 @@ def matched_classes(matches: Tensor, target_labels: Tensor, proposals: int, back
     classes = matches.new_full((*matches.shape[:2], proposals + 1), background)
     index = torch.where(matches < 0, proposals, matches)
     return classes.scatter(2, index, target_labels.expand_as(matches))[..., :proposals]
+
+
+class _SetFocalLoss(torch.autograd.Function):
+    """The kernel makes the loss and its gradient in one pass; the backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, triton: Any, logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
+        loss, grad = triton.set_focal_loss(logits, classes, alpha, gamma)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return None, grad * grad_loss.view(-1, 1, 1, 1), None, None, None
+
+
+_library.declare_triton("set_focal_loss")

@@ -1,0 +1,109 @@
+"""Figures as people read them: the table on the terminal and the one in the README."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+COMMAND = "python -m benchmarks --json benchmarks/results/cpu.json --readme"
+_RATES = (("bytes_per_s", "GB/s", "copy_bytes_per_s"), ("flop_per_s", "GFLOP/s", "gemm_flop_per_s"))
+
+
+def show_ceilings(dtype: str, limits: Mapping[str, float]) -> None:
+    """One line: what this machine does at best."""
+    copy, gemm = limits["copy_bytes_per_s"], limits["gemm_flop_per_s"]
+    print(f"\nceilings of {dtype}, measured now: copy {copy / 1e9:.1f} GB/s, matrix product {gemm / 1e12:.3f} TFLOP/s")
+
+
+def print_case(operator: str, row: Mapping[str, Any], limits: Mapping[str, float]) -> None:
+    """The table of one case and mode."""
+    print(f"\n{operator}: {row['case']}, {row['dtype']}, {row['device']}, {row['mode'] or 'RED GATE'}")
+    for name, gate in row["gate"].items():
+        if not gate["passed"]:
+            print(f"  {name}: {_reason(gate)}")
+    for name, figures in row["implementations"].items():
+        cells = [f"  {name:14s}{figures['median_ms']:10.3f} ms  {figures['q20_ms']:8.3f} .. {figures['q80_ms']:8.3f}"]
+        ratio = row["ratios"].get(name)
+        cells.append(f"{ratio['median']:6.2f}x" if ratio else " " * 7)
+        for rate, unit, limit in _RATES:
+            if figures[rate]:
+                cells.append(f"{figures[rate] / 1e9:8.1f} {unit} {figures[rate] / limits[limit]:6.1%}")
+        if figures.get("peak_bytes") is not None:
+            cells.append(f"{figures['peak_bytes'] / 2**20:8.1f} MiB")
+        print("  ".join(cells))
+    for name, reason in row["ungated"].items():
+        print(f"  {name} is not compared: {reason}")
+
+
+def _reason(gate: Mapping[str, Any]) -> str:
+    if "error" in gate:
+        return gate["error"]
+    return f"{gate['tensor']}: error {gate['max_error']:.3g}, {gate['share_of_allowed']:.3g} of what is allowed"
+
+
+def readme_table(report: Mapping[str, Any]) -> str:
+    """The headline rows as a Markdown table of ratios, and a line that says what made it."""
+    lines = [
+        "| operator | problem | type | forward | forward + backward | memory of the forward |",
+        "|---|---|---|---|---|---|",
+    ]
+    for operator, case, dtype, modes in _headlines(report):
+        cells = [f"`{operator}`", case, dtype, *(_speed(modes.get(mode)) for mode in ("forward", "both"))]
+        lines.append(f"| {' | '.join([*cells, _memory(modes.get('forward'))])} |")
+    env = report["environment"]
+    commit = (env["commit"] or "unknown")[:7] + (" with changes" if env["dirty"] else "")
+    machine = env.get("gpu") or f"{env['processor']} ({env['isa']}), {env['threads']} threads"
+    lines += ["", f"Times in one run on {machine}, torch {env['torch']}, commit {commit}; made by", f"`{COMMAND}`."]
+    return "\n".join(lines)
+
+
+def update_readme(path: Path, report: Mapping[str, Any]) -> None:
+    """Put the table between the two markers of the README.
+
+    Raises:
+        ValueError: the file has not one of each marker.
+    """
+    text = path.read_text()
+    before, _, after = _split(text, path)
+    path.write_text(f"{before}{BEGIN}\n{readme_table(report)}\n{END}{after}")
+
+
+def table_in(path: Path) -> str:
+    """What stands between the two markers."""
+    return _split(path.read_text(), path)[1]
+
+
+def _split(text: str, path: Path) -> tuple[str, str, str]:
+    found = re.fullmatch(rf"(.*){re.escape(BEGIN)}\n(.*?)\n?{re.escape(END)}(.*)", text, re.DOTALL)
+    if found is None or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{path.name}: expected {BEGIN} and {END}, each once and on lines of their own")
+    return found[1], found[2], found[3]
+
+
+def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(operator, case, dtype, mode -> row) in the order of the report."""
+    grouped: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for operator, result in report["operators"].items():
+        for row in result["cases"]:
+            if row["headline"]:
+                grouped.setdefault((operator, row["case"], row["dtype"]), {})[row["mode"]] = row
+    for key, modes in grouped.items():
+        yield *key, modes
+
+
+def _speed(row: Mapping[str, Any] | None) -> str:
+    """How many times as fast as each peer."""
+    if row is None or not row["ratios"]:
+        return "–"
+    return ", ".join(f"{ratio['median']:.1f}x {name}" for name, ratio in row["ratios"].items())
+
+
+def _memory(row: Mapping[str, Any] | None) -> str:
+    """Beyond what was held before, as a share of what eager takes."""
+    if row is None or "native" not in row["implementations"]:
+        return "–"
+    ours, eager = (row["implementations"][name].get("peak_bytes") for name in ("native", "reference"))
+    return f"{ours / eager:.0%} of eager's" if ours is not None and eager else "–"

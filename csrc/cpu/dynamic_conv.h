@@ -1,0 +1,173 @@
+// The dynamic interaction on the CPU, as dynamic_conv and roi_dynamic_conv share it: kernels for one
+// RoI, implemented in dynamic_conv.cpp, and what it takes to run them over all RoIs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/isa.h"
+
+namespace sparse_rcnn {
+
+struct DynamicConvSizes {
+  int64_t bins;      // P
+  int64_t channels;  // C
+  int64_t inner;     // D
+
+  int64_t features() const { return bins * channels; }
+  int64_t parameters() const { return 2 * channels * inner; }
+  int64_t norms() const { return 2 * (inner + channels); }
+};
+
+// Both LayerNorms, each parameter followed by zeros up to a whole vector of any level.
+template <typename A>
+struct DynamicConvNorms {
+  const A* weight1;  // [D]
+  const A* bias1;
+  const A* weight2;  // [C]
+  const A* bias2;
+  A eps;
+};
+
+// Memory that the next RoI will use, in ranges, to be brought into the cache in the course of this
+// one, in this order; there may not be time for all of it.
+struct Ahead {
+  struct Range {
+    const char* next;
+    const char* end;
+  };
+  static constexpr int most = 40;
+  Range ranges[most];
+  int count;
+  int current;
+
+  Ahead() : count(0), current(0) {}
+
+  // Ranges beyond the most are dropped.
+  template <typename T>
+  void add(const T* first, int64_t length) {
+    if (count == most) return;
+    ranges[count++] = {reinterpret_cast<const char*>(first),
+                       reinterpret_cast<const char*>(first + length)};
+  }
+};
+
+// The kernels of one stored type T for the processor at hand.
+//   forward   x [P, C], parameters [2 * C * D] -> out [P, C]
+//   backward  also grad [P, C] -> grad_x [P, C] unless it is null, grad_parameters [2 * C * D],
+//             grad_norms [2 * (D + C)]
+//   narrow    sums as stored values
+// `space` is memory of one thread, of as many bytes as forward_space or backward_space say.
+template <typename T>
+struct DynamicConvKernels {
+  using A = Accumulation<T>;
+  int64_t (*forward_space)(DynamicConvSizes sizes);
+  void (*forward)(DynamicConvSizes sizes, DynamicConvNorms<A> norms, const T* x,
+                  const T* parameters, Ahead& ahead, char* space, T* out);
+  int64_t (*backward_space)(DynamicConvSizes sizes);
+  void (*backward)(DynamicConvSizes sizes, DynamicConvNorms<A> norms, const T* grad, const T* x,
+                   const T* parameters, Ahead& ahead, char* space, A* grad_x, T* grad_parameters,
+                   A* grad_norms);
+  void (*narrow)(const A* values, int64_t count, T* out);
+};
+
+template <typename T>
+DynamicConvKernels<T> dynamic_conv_kernels();
+
+// The operands of an interaction beside the RoI features, checked and contiguous.
+struct DynamicConvOperands {
+  Tensor parameters;  // [R, 2 * C * D]
+  Tensor norms[4];    // weight and bias of the first norm [D] and of the second [C]
+  int64_t rois;
+  DynamicConvSizes sizes;
+  ScalarType dtype;
+
+  Tensor new_grad_norms() const {
+    return torch::stable::new_empty(norms[0], {rois, sizes.norms()});
+  }
+};
+
+DynamicConvOperands parse_dynamic_conv(const Tensor& features, int64_t rois, int64_t bins,
+                                       int64_t channels, const Tensor& parameters,
+                                       const Tensor& norm1_weight, const Tensor& norm1_bias,
+                                       const Tensor& norm2_weight, const Tensor& norm2_bias);
+
+// The norms as the kernels want them, in memory of its own.
+template <typename A>
+class PaddedNorms {
+ public:
+  PaddedNorms(const DynamicConvOperands& operands, double eps) : eps_(static_cast<A>(eps)) {
+    constexpr int64_t widest = 16;  // values in a vector
+    for (int index = 0; index < 4; ++index) {
+      const Tensor& norm = operands.norms[index];
+      const A* first = static_cast<const A*>(norm.const_data_ptr());
+      values_[index].assign(first, first + norm.numel());
+      values_[index].resize((norm.numel() + widest - 1) / widest * widest);
+    }
+  }
+
+  DynamicConvNorms<A> get() const {
+    return {values_[0].data(), values_[1].data(), values_[2].data(), values_[3].data(), eps_};
+  }
+
+ private:
+  std::vector<A> values_[4];
+  A eps_;
+};
+
+// Memory of one thread for the time of one call.
+class ThreadMemory {
+ public:
+  explicit ThreadMemory(int64_t bytes) : data_(new (alignment) char[bytes]) {}
+  char* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(char* data) const { operator delete[](data, alignment); }
+  };
+  std::unique_ptr<char, Free> data_;
+};
+
+// make_work() once a thread gives work(roi, next), called for every RoI by whichever thread is free;
+// `next` is the RoI that the same thread will be given then, or -1.
+template <typename MakeWork>
+void for_each_roi(int64_t rois, const MakeWork& make_work) {
+  std::atomic<int64_t> untaken{0};
+  const int64_t threads = std::min<int64_t>(rois, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto work = make_work();
+    for (int64_t roi = untaken++; roi < rois;) {
+      const int64_t next = untaken++;
+      work(roi, next < rois ? next : -1);
+      roi = next;
+    }
+  });
+}
+
+// body(T{}), T being the stored form of `dtype`, which parse_dynamic_conv has checked.
+template <typename Body>
+void with_stored_type(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(BFloat16Bits{});
+    default:
+      return body(HalfBits{});
+  }
+}
+
+}  // namespace sparse_rcnn

@@ -1,0 +1,112 @@
+// dynamic_conv on the GPU: one block a RoI, one launch in place of six or more. Kernels and budgets:
+// dynamic_conv_forward.cuh and dynamic_conv_backward.cuh (bfloat16 and float16 by tensor cores, for
+// P up to 64, C a multiple of 16 up to 256, D a multiple of 16 up to 64), dynamic_conv_simt.cuh (the
+// rest). No atomics: results are the same bits in every run.
+#include "cuda/dynamic_conv.cuh"
+
+#include "cuda/dynamic_conv_backward.cuh"
+#include "cuda/dynamic_conv_forward.cuh"
+#include "cuda/dynamic_conv_simt.cuh"
+
+namespace sparse_rcnn {
+namespace {
+
+template <class T>
+void launch_dynamic_conv(const DynamicConvInputs& inputs, const Tensor& roi_features, double eps,
+                         const Tensor& out) {
+  const DynamicConvArgs<T> args = inputs.args<T>(eps);
+  const cudaStream_t stream = current_stream(roi_features);
+  const T* const x = roi_features.const_data_ptr<T>();
+  if constexpr (kTensorCoreType<T>) {
+    const ForwardPlan<T> plan(args.bins, args.channels, args.inner);
+    if (suits_tensor_cores(inputs.bins, inputs.channels, inputs.inner) &&
+        plan.scratch <= kSharedLimit) {
+      const auto kernel = is_usual_size(args) ? dynamic_conv_forward_kernel<T, StoredRois<T>, 256, 64>
+                                              : dynamic_conv_forward_kernel<T, StoredRois<T>, 0, 0>;
+      launch(kernel, one_block_a_roi(args.rois), dim3(kTileThreads), plan.scratch, stream, args,
+             StoredRois<T>{x, nullptr}, out.mutable_data_ptr<T>());
+      return;
+    }
+  }
+  const SimtLaunch<acc_t<T>> simt(inputs, simt_forward_elements(inputs));
+  launch(dynamic_conv_forward_simt_kernel<T, SimtStoredRois<T>>, simt.grid, dim3(kSimtThreads),
+         simt.shared_bytes, stream, args, SimtStoredRois<T>{x, nullptr}, out.mutable_data_ptr<T>(),
+         simt.workspace);
+}
+
+template <class T>
+void launch_dynamic_conv_backward(const DynamicConvInputs& inputs, const Tensor& grad,
+                                  const Tensor& roi_features, double eps,
+                                  const Tensor& grad_roi_features, const Tensor& grad_parameters,
+                                  const Tensor& grad_norms) {
+  const DynamicConvArgs<T> args = inputs.args<T>(eps);
+  const DynamicConvGrads<T> grads{grad.const_data_ptr<T>(), grad_parameters.mutable_data_ptr<T>(),
+                                  grad_norms.mutable_data_ptr<acc_t<T>>()};
+  const cudaStream_t stream = current_stream(roi_features);
+  const T* const x = roi_features.const_data_ptr<T>();
+  T* const grad_x = grad_roi_features.mutable_data_ptr<T>();
+  if constexpr (kTensorCoreType<T>) {
+    const BackwardPlan<T> plan(args.bins, args.channels, args.inner, 0);
+    if (suits_tensor_cores(inputs.bins, inputs.channels, inputs.inner) &&
+        plan.end <= kSharedLimit) {
+      const auto kernel = is_usual_size(args)
+                              ? dynamic_conv_backward_kernel<T, StoredRois<T>, 256, 64>
+                              : dynamic_conv_backward_kernel<T, StoredRois<T>, 0, 0>;
+      launch(kernel, one_block_a_roi(args.rois), dim3(kTileThreads), plan.end, stream, args,
+             StoredRois<T>{x, grad_x}, grads);
+      return;
+    }
+  }
+  const SimtLaunch<acc_t<T>> simt(inputs, simt_backward_elements(inputs));
+  launch(dynamic_conv_backward_simt_kernel<T, SimtStoredRois<T>>, simt.grid, dim3(kSimtThreads),
+         simt.shared_bytes, stream, args, SimtStoredRois<T>{x, grad_x}, grads, simt.workspace);
+}
+
+}  // namespace
+
+Tensor dynamic_conv_cuda(const Tensor& roi_features, const Tensor& parameters,
+                         const Tensor& norm1_weight, const Tensor& norm1_bias,
+                         const Tensor& norm2_weight, const Tensor& norm2_bias, double eps) {
+  check_shape("roi_features", roi_features, {-1, -1, -1});
+  const DeviceGuard guard(roi_features);
+  const DynamicConvInputs inputs = parse_dynamic_conv(
+      roi_features, roi_features.size(0), roi_features.size(1), roi_features.size(2), parameters,
+      norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+  const Tensor x = aligned(roi_features);
+  const Tensor out = torch::stable::new_empty(x, x.sizes());
+  with_element_type("roi_features", inputs.dtype, [&](auto element) {
+    launch_dynamic_conv<decltype(element)>(inputs, x, eps, out);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dynamic_conv_backward_cuda(
+    const Tensor& grad, const Tensor& roi_features, const Tensor& parameters,
+    const Tensor& norm1_weight, const Tensor& norm1_bias, const Tensor& norm2_weight,
+    const Tensor& norm2_bias, double eps) {
+  check_shape("roi_features", roi_features, {-1, -1, -1});
+  const DeviceGuard guard(roi_features);
+  const DynamicConvInputs inputs = parse_dynamic_conv(
+      roi_features, roi_features.size(0), roi_features.size(1), roi_features.size(2), parameters,
+      norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+  check_shape("grad", grad, {inputs.rois, inputs.bins, inputs.channels});
+  check_dtype("grad", grad, inputs.dtype);
+  check_same_device("grad", grad, roi_features);
+  const Tensor x = aligned(roi_features), dense_grad = aligned(grad);
+  const Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  const Tensor grad_parameters =
+      torch::stable::new_empty(inputs.parameters, inputs.parameters.sizes());
+  const Tensor grad_norms = inputs.new_grad_norms();
+  with_element_type("roi_features", inputs.dtype, [&](auto element) {
+    launch_dynamic_conv_backward<decltype(element)>(inputs, dense_grad, x, eps, grad_x,
+                                                    grad_parameters, grad_norms);
+  });
+  return {grad_x, grad_parameters, grad_norms};
+}
+
+}  // namespace sparse_rcnn
+
+SPARSE_RCNN_CUDA_IMPL(m) {
+  m.impl("dynamic_conv", TORCH_BOX(&sparse_rcnn::dynamic_conv_cuda));
+  m.impl("dynamic_conv_backward", TORCH_BOX(&sparse_rcnn::dynamic_conv_backward_cuda));
+}
