@@ -33,17 +33,22 @@ test-compat: $(STAMP)
 	cd build/compat && ../../$(COMPAT)/bin/python -m pytest -c /dev/null --rootdir . --import-mode=importlib \
 		-q tests/ops -k 'not emulated'
 
-# The CPU kernels, and the CUDA kernels run on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The CPU kernels, and the CUDA kernels run on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer; then
+# the CUDA kernels under the emulator's race detector.
 test-sanitize: $(STAMP)
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DSPARSE_RCNN_EMULATED=ON -DSPARSE_RCNN_SANITIZE=ON \
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	SPARSE_RCNN_LIBRARIES=$(abspath $(SANITIZED)) $(BIN)/python -m pytest tests/ops tests/emulator -k 'native or cuda or emulat'
+	SPARSE_RCNN_LIBRARIES=$(abspath $(SANITIZED)) $(BIN)/python -m pytest tests/ops tests/emulator
+	$(BIN)/cmake -S . -B $(SANITIZED)-races -G Ninja -DSPARSE_RCNN_EMULATED=ON -DSPARSE_RCNN_RACES=ON \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build $(SANITIZED)-races
+	SPARSE_RCNN_LIBRARIES=$(abspath $(SANITIZED)-races) $(BIN)/python -m pytest tests/ops tests/emulator -k 'emulat or cuda'
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --readme
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -84,8 +84,7 @@ def make_boxes(images: int, count: int, sides: tuple[float, float], generator: t
     side = torch.exp(low + (high - low) * torch.rand(images, count, 1, generator=generator))
     aspect = torch.exp((torch.rand(images, count, 1, generator=generator) - 0.5) * math.log(2))
     size = torch.cat([side * aspect, side / aspect], dim=-1)
-    room = torch.tensor([1333.0, 800.0]) - size
-    # Of a box longer than the image: all its length but what does not fit.
+    room = torch.tensor([1333.0, 800.0]) - size  # negative for a box longer than the image, which then covers it
     start = torch.rand(images, count, 2, generator=generator) * room
     return torch.cat([start, start + size], dim=-1)
 

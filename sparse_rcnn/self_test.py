@@ -57,10 +57,9 @@ class Specification:
         as well when its greatest error is at most twice that of the reference in the same type: the only measure of
         half types, and for float32 that of sums of thousands of terms. ``slack`` multiplies both.
         """
-        try:
-            actual = _evaluate(implementation, self._inputs, self._wrt, self._grads)
-        except Exception as error:  # the record says that it does not run, and why
-            return {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        problem, actual = self._run(implementation)
+        if problem is not None:
+            return {"passed": False, "error": problem}
         worst: dict[str, Any] = {"tensor": None, "max_error": 0.0, "share_of_allowed": 0.0}
         for label, exact in self._exact.items():
             value = actual.get(label)
@@ -73,6 +72,20 @@ class Specification:
             if share != share:
                 break
         return {"passed": worst["share_of_allowed"] <= 1.0, **worst}
+
+    def problem(self, implementation: Callable[..., Any]) -> str | None:
+        """Why an implementation does not run on these inputs, or None if it does."""
+        return self._run(implementation)[0]
+
+    def _run(self, implementation: Callable[..., Any]) -> tuple[str | None, dict[str, Tensor]]:
+        try:
+            return None, _evaluate(implementation, self._inputs, self._wrt, self._grads)
+        except Exception as error:  # whoever asked says what did not run, and goes on
+            return f"{type(error).__name__}: {_first_line(error)}", {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def tensors_in(values: object) -> Iterator[Tensor]:

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "common/check.h"
@@ -55,15 +54,6 @@ inline AddLayerNormInputs parse_add_layer_norm(const Tensor& x,
     inputs.residual = parse_like_x("residual", *residual, x);
   }
   return inputs;
-}
-
-// The gradients of weight and bias are summed over parts of the rows, then over the parts. How many rows a part has
-// follows from their number alone: the sums are the same on any number of threads. At most 256 parts.
-inline int64_t rows_of_part(int64_t rows) { return std::max<int64_t>(8, (rows + 255) / 256); }
-
-inline int64_t part_count(int64_t rows) {
-  const int64_t size = rows_of_part(rows);
-  return (rows + size - 1) / size;
 }
 
 }  // namespace sparse_rcnn

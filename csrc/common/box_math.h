@@ -3,18 +3,21 @@
 // double), in which coordinates are computed.
 //
 // A bin of RoIAlign is the mean of samples^2 points, each a bilinear blend of 4 cells. Points and
-// blends are products of an x and a y part, so bin (i, j) is  sum over rows y and columns x of
-// Ay[i, y] * Ax[j, x] * feature[y, x],  and each axis is a short list of taps (bin, cell, weight):
-// at most 2 * samples a bin, 2 * size * samples an axis.
-//   by bin:  `bin_taps` lists the taps of one bin, its cells ascending; bins are independent (one
-//   thread each on a GPU). by cell: `sort_by_cell` (or `rank_by_cell`, one thread a tap) reorders
-//   the taps of all bins so that those of one
-//            cell are adjacent: the forward then reads each footprint row once, the backward writes
-//            each cell once.
+// blends are products of an x and a y part, so that
+//     bin (i, j) = sum over rows y and columns x of Ay[i, y] * Ax[j, x] * feature[y, x],
+// and each axis is a short list of taps (bin, cell, weight): at most 2 * samples a bin, 2 * size *
+// samples an axis.
+//   - By bin: `bin_taps` lists the taps of one bin, its cells ascending. Bins are independent (one
+//     thread each on a GPU).
+//   - By cell: `sort_by_cell` (or `rank_by_cell`, one thread a tap) reorders the taps of all bins
+//     so that those of one cell are adjacent: a forward then reads each footprint row once, a
+//     backward writes each cell once.
 //
 // Results must equal the reference's op-by-op arithmetic to the last bit, or a box on a level
 // boundary or a sample on the rim of the map would go the other way: products that feed a sum are
 // kept out of fused multiply-adds.
+//
+// CPU files include this before cpu/for_each_isa.h, so that its functions are of the baseline.
 #pragma once
 
 #include <math.h>

@@ -1,5 +1,5 @@
-// Rows of add_layer_norm and of its gradient; compiled once for each level of cpu/isa.h. Scratch rows hold C values,
-// rounded up to whole vectors, and stay in the first-level cache from pass to pass.
+// Rows of add_layer_norm; compiled once for each level of cpu/isa.h. The scratch row holds C values, rounded up to whole
+// vectors, and stays in the first-level cache from pass to pass.
 
 // The first `count` values at p, or, known to the compiler, a whole vector of them.
 template <bool whole, typename T>
@@ -129,93 +129,5 @@ static void add_layer_norm_rows(const T* x, const T* residual, const A* weight, 
     x += channels;
     residual += residual ? channels : 0;
     out += channels;
-  }
-}
-
-// The gradient that comes in, after the ReLU's share.
-template <bool whole, typename T, typename A = Accumulation<T>>
-static inline Vec<A> incoming(const T* grad, const NormGradient<A>& to, Vec<A> normal, Vec<A> weight, int c,
-                              int count) {
-  const Vec<A> g = load_some<whole>(grad + c, count);
-  if (!to.relu) return g;
-  const Vec<A> value = fused_multiply_add(normal, weight, load_some<whole>(to.bias + c, count));
-  return value <= A(0) ? Vec<A>{} : g;
-}
-
-// One vector of `count_rows` rows: adds to the gradients of weight and bias, to `sums` the normalised rows' gradients
-// and to `dots` their products with the normalised rows.
-template <int count_rows, bool whole, typename T, typename A = Accumulation<T>>
-static inline void add_vector(const T* grad, const NormGradient<A>& to, const Statistics<A>* of, int c, int count,
-                              Vec<A>* sums, Vec<A>* dots) {
-  const Vec<A> weight = load_some<whole>(to.weight + c, count);
-  Vec<A> grad_weight = load_some<whole>(to.grad_weight + c, count);
-  Vec<A> grad_bias = load_some<whole>(to.grad_bias + c, count);
-  for (int r = 0; r < count_rows; ++r) {
-    const Vec<A> normal = (load(to.rows + r * to.pitch + c) - of[r].mean) * of[r].rstd;
-    const Vec<A> g = incoming<whole>(grad + int64_t{r} * to.channels, to, normal, weight, c, count);
-    const Vec<A> grad_normal = g * weight;
-    grad_weight = fused_multiply_add(g, normal, grad_weight);
-    grad_bias += g;
-    sums[r] += grad_normal;
-    dots[r] = fused_multiply_add(grad_normal, normal, dots[r]);
-  }
-  store_some<whole>(to.grad_weight + c, grad_weight, count);
-  store_some<whole>(to.grad_bias + c, grad_bias, count);
-}
-
-template <bool whole, typename T, typename A = Accumulation<T>>
-static inline void write_grad(const T* grad, const NormGradient<A>& to, const A* row, Statistics<A> of, A mean,
-                              A slope, int c, int count, T* grad_x) {
-  const Vec<A> weight = load_some<whole>(to.weight + c, count);
-  const Vec<A> normal = (load(row + c) - of.mean) * of.rstd;
-  const Vec<A> g = incoming<whole>(grad, to, normal, weight, c, count) * weight;
-  store_some<whole>(grad_x + c, (g - mean - normal * slope) * of.rstd, count);
-}
-
-// Several rows at once: the gradients of weight and bias are loaded and stored once for all of them.
-template <int count_rows, typename T, typename A = Accumulation<T>>
-static inline void add_layer_norm_backward_some(const T* grad, const T* x, const T* residual, A eps,
-                                                const NormGradient<A>& to, T* grad_x) {
-  constexpr int step = lanes<A>;
-  const int channels = to.channels;
-  Statistics<A> of[count_rows];
-  Vec<A> sums[count_rows] = {}, dots[count_rows] = {};
-  for (int r = 0; r < count_rows; ++r) {
-    const int64_t offset = int64_t{r} * channels;
-    of[r] = measure(x + offset, residual ? residual + offset : residual, eps, channels, to.rows + r * to.pitch);
-  }
-  int c = 0;
-  for (; c + step <= channels; c += step) {
-    add_vector<count_rows, true>(grad, to, of, c, step, sums, dots);
-  }
-  if (c < channels) add_vector<count_rows, false>(grad, to, of, c, channels - c, sums, dots);
-  for (int r = 0; r < count_rows; ++r) {
-    const int64_t offset = int64_t{r} * channels;
-    const A* row = to.rows + r * to.pitch;
-    const A mean = sum_of<A>(sums[r]) / static_cast<A>(channels);
-    const A slope = sum_of<A>(dots[r]) / static_cast<A>(channels);
-    for (c = 0; c + step <= channels; c += step) {
-      write_grad<true>(grad + offset, to, row, of[r], mean, slope, c, step, grad_x + offset);
-    }
-    if (c < channels) {
-      write_grad<false>(grad + offset, to, row, of[r], mean, slope, c, channels - c, grad_x + offset);
-    }
-  }
-}
-
-template <typename T, typename A = Accumulation<T>>
-static void add_layer_norm_backward_rows(const T* grad, const T* x, const T* residual, A eps, int64_t rows,
-                                         const NormGradient<A>& to, T* grad_x) {
-  constexpr int at_once = NormGradient<A>::rows_at_once;
-  for (int64_t r = 0; r < rows;) {
-    const bool many = rows - r >= at_once;
-    const int64_t offset = r * to.channels;
-    const T* other = residual ? residual + offset : residual;
-    if (many) {
-      add_layer_norm_backward_some<at_once>(grad + offset, x + offset, other, eps, to, grad_x + offset);
-    } else {
-      add_layer_norm_backward_some<1>(grad + offset, x + offset, other, eps, to, grad_x + offset);
-    }
-    r += many ? at_once : 1;
   }
 }

@@ -1,5 +1,5 @@
-// The dynamic interaction on the CPU, as dynamic_conv and roi_dynamic_conv share it: kernels for one
-// RoI, implemented in dynamic_conv.cpp, and what it takes to run them over all RoIs.
+// The dynamic interaction on the CPU, as dynamic_conv and roi_dynamic_conv share it: kernels for
+// one RoI, implemented in dynamic_conv.cpp, and what it takes to run them over all RoIs.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -139,8 +139,8 @@ class ThreadMemory {
   std::unique_ptr<char, Free> data_;
 };
 
-// make_work() once a thread gives work(roi, next), called for every RoI by whichever thread is free;
-// `next` is the RoI that the same thread will be given then, or -1.
+// make_work(), once a thread, gives work(roi, next), which is called for every RoI by whichever
+// thread is free; `next` is the RoI that this thread will be given after it, or -1.
 template <typename MakeWork>
 void for_each_roi(int64_t rois, const MakeWork& make_work) {
   std::atomic<int64_t> untaken{0};

@@ -2,21 +2,20 @@
 // namespace of that level's name, and the best that the processor has is chosen at run time.
 //
 // A source file does
-//     #define SPARSE_RCNN_KERNELS "cpu/<op>_kernels.h"   // no include guard, no #include of its
-//     own #include "cpu/for_each_isa.h"                      // (everything it needs is included
-//     before)
+//     #define SPARSE_RCNN_KERNELS "cpu/<op>_kernels.h"
+//     #include "cpu/for_each_isa.h"
 //     ...
-//     const auto kernel = SPARSE_RCNN_BEST(pool_rois<float>);
-// and the kernel header uses only the helpers of cpu/vector.h (included for it, level by level),
-// its own functions, and intrinsics under #if SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512 and the like.
+//     const auto kernel = SPARSE_RCNN_BEST(pool_roi<float, float>);
+// The kernel header has no include guard and no #include but of other kernel headers: what it needs
+// is included before. It uses the helpers of cpu/vector.h (included for it, level by level), its
+// own functions, and intrinsics under #if SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512 and the like.
 // Four traps:
 //   - not #ifdef __AVX512F__: GCC reads a whole C++ file before it obeys the pragmas that would
-//   define it;
-//   - no std:: templates or inline functions of other headers in it: compiled for a wide level,
-//   theirs could be the copy
-//     that the linker keeps for all callers, on every processor;
+//     define it;
+//   - no std:: templates or inline functions of other headers: compiled for a wide level, theirs
+//     could be the copy that the linker keeps for all callers, on every processor;
 //   - no lambdas in function templates: GCC gives them the flags in force where the template is
-//   instantiated;
+//     instantiated;
 //   - parallel_for stays in the source file, which is compiled for the baseline.
 #pragma once
 
@@ -33,8 +32,7 @@
 
 namespace sparse_rcnn {
 
-// Ascending; each includes the ones before. avx512_bf16 adds conversions and dot products of
-// bfloat16.
+// Ascending; each has what those before have. avx512_bf16 adds conversions and dot products.
 #define SPARSE_RCNN_BASELINE 0
 #define SPARSE_RCNN_AVX2 1
 #define SPARSE_RCNN_AVX512 2
@@ -73,8 +71,8 @@ inline Isa current_isa() {
   return isa;
 }
 
-// The stored forms of the half types, free of the conversion operators of torch's classes (see the
-// first trap).
+// The stored forms of the half types, free of the inline conversions of torch's classes (see the
+// second trap).
 struct BFloat16Bits {
   uint16_t bits;
 };

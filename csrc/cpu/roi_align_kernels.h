@@ -1,8 +1,8 @@
 // The inner loops of RoIAlign for one box, for cpu/for_each_isa.h (its rules: cpu/isa.h). Needs
 // cpu/roi_taps.h.
 //
-//   pool_roi(roi by bin, map, channels, out)                    out [P, C] = the box's bins
-//   scatter_roi(roi by cell, first, end, grad, channels, cells)  rows of cells += the gradient
+//   pool_roi(by bin, map, channels, out)                     out [P, C] = the box's bins
+//   scatter_roi(by cell, first, end, grad, channels, cells)  rows of cells += the gradient
 //
 // Both keep a few vectors of channels in registers while they run over the taps. A bin is summed
 // straight from the at most (2 * samples)^2 cells it reads, not by way of interpolated rows: the

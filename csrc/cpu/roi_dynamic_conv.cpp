@@ -41,22 +41,22 @@ class Pooler {
     return pooled_.data();
   }
 
-  // Get ready to pool `roi` after this; adds to `ahead` what it will read.
+  // Takes the taps of the RoI that will be pooled next; adds the cells that it reads to `ahead`.
   void prepare(int64_t roi, Ahead& ahead) {
     prepare(roi);
-    if (taps_.rows.begin[args_.output_size] == 0 || taps_.columns.begin[args_.output_size] == 0) return;
-    const TapGroups<A>& columns = taps_.columns;
-    int first = columns.taps[0].cell, last = first;
-    const int count = columns.begin[columns.count];
-    for (int k = 1; k < count; ++k) {
-      first = std::min(first, columns.taps[k].cell);
-      last = std::max(last, columns.taps[k].cell);
-    }
-    const TapGroups<A>& rows = taps_.rows;
-    for (int k = 0; k < rows.begin[rows.count]; ++k) {
-      if (k > 0 && rows.taps[k].cell == rows.taps[k - 1].cell) continue;
-      ahead.add(map() + (rows.taps[k].cell * taps_.width + first) * args_.channels,
-                (last - first + 1) * args_.channels);
+    const Tap<A>* columns = taps_.columns.taps;
+    const Tap<A>* rows = taps_.rows.taps;
+    const int column_count = taps_.columns.begin[taps_.columns.count];
+    const int row_count = taps_.rows.begin[taps_.rows.count];
+    if (column_count == 0) return;
+    const auto [left, right] =
+        std::minmax_element(columns, columns + column_count,
+                            [](const auto& a, const auto& b) { return a.cell < b.cell; });
+    for (int k = 0; k < row_count; ++k) {
+      const int64_t row = rows[k].cell;
+      if (k > 0 && row == rows[k - 1].cell) continue;
+      ahead.add(map() + (row * taps_.width + left->cell) * args_.channels,
+                (right->cell + 1 - left->cell) * args_.channels);
     }
   }
 
@@ -199,7 +199,8 @@ void run_backward(const RoiDynamicConvInputs& inputs, const RoiDynamicConvGrads&
   const DynamicConvSizes sizes = inputs.conv.sizes;
   const PaddedNorms<A> norms(inputs.conv, inputs.eps);
   if (!grad_cells) {
-    return backward_of_range<T, BoxType>(inputs, grads, norms.get(), {0, inputs.conv.rois}, nullptr);
+    const RoiRange all{0, inputs.conv.rois};
+    return backward_of_range<T, BoxType>(inputs, grads, norms.get(), all, nullptr);
   }
   const int64_t fits = std::max<int64_t>(1, buffer_bytes / (sizes.features() * sizeof(A)));
   const int64_t most = std::min(fits, args.proposals);

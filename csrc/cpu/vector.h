@@ -1,11 +1,12 @@
-// Vectors as wide as the level of cpu/isa.h that this is compiled for, included by
+// Vectors as wide as the level of cpu/isa.h that this is compiled for. Included by
 // cpu/for_each_isa.h inside the level's namespace: no include guard and no #include here.
 //
-//   Vec<A>                  lanes<A> values of the accumulation type A, float or double; + - * /
-//   work on it load<T>(p)              lanes of a stored type T (float, double, BFloat16Bits,
-//   HalfBits) widened to Vec<Accumulation<T>> store(T* p, v)          the way back, halves rounded
-//   to nearest even load_part, store_part   the same for the first `count` < lanes values; the
-//   lanes beyond are 0 and not touched splat<A>(x), fused_multiply_add(a, b, c) = a * b + c
+//   Vec<A>                       lanes<A> values of an accumulation type, float or double
+//   splat<A>(x)                  x in all lanes
+//   fused_multiply_add(a, b, c)  a * b + c
+//   load(p), store(p, v)         lanes of a stored type (float, double, BFloat16Bits, HalfBits),
+//                                widened to its accumulation type and rounded to nearest even
+//   load_part, store_part        the first `count` < lanes of them; the others are 0, or untouched
 
 #if SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512
 #define SPARSE_RCNN_VECTOR_BYTES 64
@@ -55,9 +56,8 @@ static inline To same_bits(From value) {
   return result;
 }
 
-// By hand where GCC's own conversion goes by way of scalars. (The masked forms of AVX-512
-// conversions, here and below: the plain ones make GCC 12 warn of an uninitialized value of its
-// own.)
+// By hand where GCC's own conversion goes by way of scalars. (Masked forms of AVX-512 conversions,
+// here and below: the plain ones make GCC 12 warn of an uninitialized value of its own.)
 static inline FloatBits zero_extend(HalfLanes values) {
 #if SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512
   return same_bits<FloatBits>(_mm512_maskz_cvtepu16_epi32(0xffff, same_bits<__m256i>(values)));

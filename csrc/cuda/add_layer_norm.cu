@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "common/add_layer_norm_args.h"
@@ -271,8 +272,12 @@ __global__ void __launch_bounds__(kBlockThreads)
                                             T* grad_x, acc_t<T>* grad_norm) {
   using A = acc_t<T>;
   const int64_t begin = blockIdx.x * part_rows, end = min(begin + part_rows, rows.count);
-  A* grad_weight = grad_norm + blockIdx.x * 2 * rows.channels;  // zeros; a channel is one thread's
+  A* grad_weight = grad_norm + blockIdx.x * 2 * rows.channels;  // a channel is one thread's
   A* grad_bias = grad_weight + rows.channels;
+  for (int64_t c = threadIdx.x; c < rows.channels; c += blockDim.x) {
+    grad_weight[c] = A(0);
+    grad_bias[c] = A(0);
+  }
   for (int64_t row = begin; row < end; ++row) {
     const BlockRow<T> measured = measure_by_block(rows, row);
     const T* grad_row = grad + row * rows.channels;
@@ -296,6 +301,14 @@ __global__ void __launch_bounds__(kBlockThreads)
 // ------------------------------------------------------------------------------------------------
 // Host side
 // ------------------------------------------------------------------------------------------------
+
+// Rows of one part of the weight and bias gradients, at most 256 parts. It follows from the number of rows alone (as in
+// sparse_rcnn/ops/add_layer_norm.py): the sums are the same on every GPU.
+int64_t rows_of_part(int64_t rows) {
+  return std::max<int64_t>(kBackwardWarps, ceil_div(rows, 256));
+}
+
+int64_t part_count(int64_t rows) { return ceil_div(rows, rows_of_part(rows)); }
 
 template <class T>
 Rows<T> rows_of(const AddLayerNormInputs& inputs, double eps, bool relu) {
@@ -396,7 +409,7 @@ std::tuple<Tensor, Tensor> add_layer_norm_backward_cuda(const Tensor& grad, cons
   const Tensor dense_grad = parse_like_x("grad", grad, inputs.x);
   const Tensor grad_x = torch::stable::new_empty(inputs.x, inputs.x.sizes());
   const Tensor grad_norm =
-      torch::stable::new_zeros(inputs.weight, {part_count(inputs.rows), 2, inputs.channels});
+      torch::stable::new_empty(inputs.weight, {part_count(inputs.rows), 2, inputs.channels});
   with_type_of(inputs.x, [&](auto value) {
     using T = decltype(value);
     launch_backward(rows_of<T>(inputs, eps, relu), dense_grad.const_data_ptr<T>(),

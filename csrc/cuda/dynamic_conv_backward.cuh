@@ -221,6 +221,7 @@ __device__ __forceinline__ void backward_to_dy(BackwardBlock<T>& block, float* n
         place.slot, C, rstd, norm_grad, [&](int i, int j, int n) {
           return load_pair(block.grad.at(row + place.rows[i], place.columns.of(j, n)));
         });
+    __syncwarp();  // lanes store what their neighbours have just read
     y.store(block.grad.data, block.grad.pitch, row, P, place.columns);
   }
   NormGrads::store(norm_grad, norm2_weight_grad, norm2_weight_grad + C, place.columns);

@@ -84,7 +84,7 @@ __device__ __forceinline__ void simt_product(int M, int N, int K, A a, B b, Stor
           a_piece.load(a, m, M, k + kSimtDepth, K);
           b_piece.load(b, n, N, k + kSimtDepth, K);
         }
-#pragma unroll
+#pragma unroll 4
         for (int d = 0; d < kSimtDepth; ++d) {
           const Vec<Acc, 4> av = load_vec<4>(a_staging + d * kSimtPitch + m_first);
           const Vec<Acc, 4> bv = load_vec<4>(b_staging + d * kSimtPitch + n_first);
@@ -109,9 +109,9 @@ __device__ __forceinline__ void simt_product(int M, int N, int K, A a, B b, Stor
 // visit(row) for the rows that the warp has.
 template <class Visit>
 __device__ __forceinline__ void for_each_warp_row(int rows, Visit visit) {
-  for (int row = static_cast<int>(threadIdx.x) / kWarp; row < rows; row += kSimtThreads / kWarp) {
-    visit(row);
-  }
+  // By shfl() the compiler knows that lanes stay together, as the sums of a row want them.
+  const int warp = shfl(static_cast<int>(threadIdx.x) / kWarp, 0);
+  for (int row = warp; row < rows; row += kSimtThreads / kWarp) visit(row);
 }
 
 // Sum of term(column) over the columns, by a warp.

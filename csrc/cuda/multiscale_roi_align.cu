@@ -206,7 +206,6 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (unsigned left = reaching[warp]; left != 0; left &= left - 1) {
         const int64_t next = tile.image * args.proposals + base + warp * kWarp +
                              __ffs(static_cast<int>(left)) - 1;
-        __syncthreads();
         const auto taps = make_roi_taps<TapOrder::by_cell, A, !kVectors>(args, next,
                                                                          dynamic_shared<char>());
         find_groups(taps, tile, groups);

@@ -158,9 +158,10 @@ __host__ __device__ inline size_t roi_taps_bytes(const RoiAlignArgs& args) {
   return 2 * detail::TapSpace<A>(args.output_size * args.sampling_ratio).axis_bytes();
 }
 
-// The taps of box `roi` (of B * N), whose features are of the type with sums in A. `shared` is
-// roi_taps_bytes() of shared memory, aligned to 16; a barrier must lie between its last use and
-// this call. Ends with a barrier. Without kDoubleBoxes the boxes must be float, for fewer registers.
+// The taps of box `roi` (of B * N) for sums in A. `shared` is roi_taps_bytes() of shared memory,
+// aligned to 16. Has barriers, the last one at the end; after one call the next may follow, but a
+// barrier must lie between any other use of `shared` and this. Without kDoubleBoxes the boxes must
+// be float, which saves a third of the registers.
 template <TapOrder kOrder, class A, bool kDoubleBoxes>
 __device__ __forceinline__ RoiTaps<A> make_roi_taps(const RoiAlignArgs& args, int64_t roi,
                                                     char* shared) {

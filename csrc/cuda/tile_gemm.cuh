@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_tile_async(const Tile<T>& tile, const T* so
                 true);
     row += row_step;
     piece += piece_step;
-    if (piece >= pieces) {
+    if (piece_step > 0 && piece >= pieces) {
       piece -= pieces;
       ++row;
     }
@@ -176,9 +176,9 @@ struct WarpTile {
         const uint32_t high = pack2<T>(right[i % 2 * 2], right[i % 2 * 2 + 1]);
         const uint32_t traded = shfl_xor(odd ? low : high, 1);
         if (first + row(i) >= rows) continue;
-        const Vec<uint32_t, 2> words{{odd ? traded : low, odd ? high : traded}};
+        const uint64_t words = uint64_t{odd ? high : traded} << 32 | (odd ? traded : low);
         T* const address = target + (first + row(i)) * pitch + column;
-        store_vec(reinterpret_cast<uint32_t*>(address), words);
+        *reinterpret_cast<uint64_t*>(address) = words;
       }
     }
   }

@@ -44,22 +44,27 @@ struct MatrixRow {
   uint32_t* r;
 };
 
-// Row addresses of lanes 8j..8j+7 that meet in a group of banks wait for each other.
+// The hardware reads a matrix in one pass, unless rows (not the same one twice) share banks.
 template <class Of>
 void count_conflicts(int matrix, Of of) {
-  int hits[8] = {};
+  int rows_of_banks[8] = {};
   int passes = 1;
-  for (int row = 0; row < 8; ++row) {
-    const auto address = reinterpret_cast<uintptr_t>(of(matrix * 8 + row).address);
-    const int hit = ++hits[address / 16 % 8];
-    passes = hit > passes ? hit : passes;
+  for (int i = 0; i < 8; ++i) {
+    const auto address = [&](int row) {
+      return reinterpret_cast<uintptr_t>(of(matrix * 8 + row).address);
+    };
+    bool again = false;
+    for (int earlier = 0; earlier < i; ++earlier) again |= address(earlier) == address(i);
+    if (again) continue;
+    const int rows = ++rows_of_banks[address(i) / 16 % 8];
+    passes = rows > passes ? rows : passes;
   }
   statistics().ldmatrix += 1;
   statistics().ldmatrix_conflicts += passes - 1;
 }
 
 template <int Matrices, bool Transposed>
-__forceinline__ void ldmatrix(uint32_t (&r)[Matrices], const void* row, Where where = Where::current()) {
+__forceinline__ void ldmatrix(uint32_t (&r)[Matrices], const void* row, Where where) {
   if (lane() < 8 * Matrices) {
     check_shared(row, 16, "ldmatrix");
     check_alignment(row, 16);

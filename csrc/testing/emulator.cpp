@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <exception>
+#include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -15,6 +16,7 @@
 
 #include "fiber.h"
 #include "races.h"
+#include "random.h"
 #include "shared_memory.h"
 
 namespace sparse_rcnn {
@@ -25,29 +27,6 @@ dim3 blockDim, gridDim;
 namespace emulator {
 
 namespace {
-
-class Random {
- public:
-  void seed(uint64_t seed) { state_ = seed; }
-
-  // In [0, bound).
-  uint32_t below(uint32_t bound) {
-    uint64_t x = state_ += 0x9e3779b97f4a7c15u;  // splitmix64
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return static_cast<uint32_t>(((x ^ x >> 31) >> 32) * bound >> 32);
-  }
-
-  template <class T>
-  void shuffle(std::vector<T>& values) {
-    for (size_t left = values.size(); left > 1; --left) {
-      std::swap(values[left - 1], values[below(static_cast<uint32_t>(left))]);
-    }
-  }
-
- private:
-  uint64_t state_ = 0;
-};
 
 // Where threads wait for each other.
 struct Site {
@@ -114,14 +93,13 @@ class Device {
     started_blocks_ = 0;
   }
   Thread& current() { return *current_; }
-#ifdef SPARSE_RCNN_RACES
-  void check_access(const void* address, size_t bytes, Access access, const void* code);
-  bool checks_paused = false;
-#endif
+  [[maybe_unused]] void check_access(const void* address, size_t bytes, Access access,
+                                     const void* code);
 
   Statistics statistics{};
   int poison = 0xff;
   SharedMemory shared;
+  bool checks_paused = false;
 
  private:
   void check_launch(dim3 grid, dim3 block, size_t shared_bytes);
@@ -142,15 +120,13 @@ class Device {
   Pace pace_ = Pace::ahead;
   uint64_t started_blocks_ = 0;  // since set_seed()
   uint64_t block_barriers_ = 0;  // of this block
+  uint32_t block_number_ = 0;    // of this block, since the process began
   uint32_t count_ = 0, ended_ = 0, at_barrier_ = 0;
   Site barrier_;
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   std::string error_;  // empty while there is none
-#ifdef SPARSE_RCNN_RACES
   RaceDetector races_;
-  uint32_t block_number_ = 0;  // since the process began
-#endif
 };
 
 Device& device() {
@@ -203,9 +179,7 @@ void Device::run_grid(dim3 grid, dim3 block, size_t shared_bytes,
   kernel_ = &kernel;
   shared.begin_launch(shared_bytes);
   statistics.launches += 1;
-#ifdef SPARSE_RCNN_RACES
   races_.begin_launch(block_number_ + 1);
-#endif
 
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
@@ -228,9 +202,7 @@ void Device::run_block() {
   block_barriers_ = 0;
   make_all_ready();
   started_blocks_ += 1;
-#ifdef SPARSE_RCNN_RACES
   block_number_ += 1;
-#endif
   current_ = next_ready();
   threadIdx = current_->index;
   host_.switch_to(current_->fiber);
@@ -387,7 +359,6 @@ void Device::leave_warp() {
 // Races
 // ------------------------------------------------------------------------------------------------
 
-#ifdef SPARSE_RCNN_RACES
 void Device::check_access(const void* address, size_t bytes, Access access, const void* code) {
   if (current_ == nullptr || checks_paused || current_->fiber.owns(address)) return;
   const uint32_t number = current_->number;
@@ -398,9 +369,8 @@ void Device::check_access(const void* address, size_t bytes, Access access, cons
       races_.check(address, bytes, access, now, code, shared.contains(address, bytes));
   if (race.empty()) return;
   error_ = name_of(threadIdx) + race;
-  current_->fiber.switch_to(host_);  // for good: not an exception, for which no code is prepared here
+  current_->fiber.switch_to(host_);  // for good: the callers are not prepared for exceptions
 }
-#endif
 
 }  // namespace
 

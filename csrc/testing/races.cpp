@@ -1,7 +1,5 @@
 #include "races.h"
 
-#ifdef SPARSE_RCNN_RACES
-
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -14,7 +12,7 @@ namespace {
 constexpr int kWarp = 32;
 
 // Instructions are kept as distances from here.
-const char* code_base() { return reinterpret_cast<const char*>(&check_access); }
+const char* code_base() { return reinterpret_cast<const char*>(&code_base); }
 
 // The lines that an instruction comes from, if the build has line numbers and binutils are at hand.
 std::string source_of(const char* code) {
@@ -40,9 +38,19 @@ const char* verb(Access access) {
   return kVerbs[static_cast<int>(access)];
 }
 
-bool same_warp(const Accessor& a, const Accessor& b) { return a.thread / kWarp == b.thread / kWarp; }
+bool same_warp(const Accessor& a, const Accessor& b) {
+  return a.thread / kWarp == b.thread / kWarp;
+}
 
 }  // namespace
+
+void RaceDetector::begin_launch(uint32_t first_block) {
+  first_block_ = first_block;
+  if (pages_.size() > kMostPages) {
+    pages_.clear();
+    last_bytes_ = nullptr;
+  }
+}
 
 // Whether what is on record belongs to this launch, and to this block if memory is the block's.
 bool RaceDetector::current(const Record& past, const Accessor& now, bool shared) const {
@@ -113,6 +121,8 @@ std::string RaceDetector::check(const void* address, size_t bytes, Access access
 // ------------------------------------------------------------------------------------------------
 // What -fsanitize=thread calls
 // ------------------------------------------------------------------------------------------------
+
+#ifdef SPARSE_RCNN_RACES
 
 #define SPARSE_RCNN_ACCESS(name, bytes, access)                                          \
   void name(void* address) {                                                             \

@@ -19,7 +19,6 @@ namespace sparse_rcnn::emulator {
 enum class Access : uint8_t { read, write, atomic };
 
 #ifdef SPARSE_RCNN_RACES
-
 inline constexpr bool kRaces = true;
 
 // An access by the thread that runs, at the instruction `code`: it does not return if it is a race.
@@ -33,6 +32,14 @@ struct Unchecked {
   Unchecked() { pause_checks(true); }
   ~Unchecked() { pause_checks(false); }
 };
+#else
+inline constexpr bool kRaces = false;
+inline void check_access(const void*, size_t, Access, const void*) {}
+inline void note_access(const void*, size_t, Access) {}
+struct Unchecked {
+  Unchecked() {}  // not trivial: else unused variables are warned about
+};
+#endif
 
 // Who accesses memory, and when.
 struct Accessor {
@@ -45,8 +52,8 @@ struct Accessor {
 // What is known of every byte's past.
 class RaceDetector {
  public:
-  // What blocks before this one did, earlier launches' ones, races with nothing.
-  void begin_launch(uint32_t first_block) { first_block_ = first_block; }
+  // What blocks before this one did, those of earlier launches, races with nothing.
+  void begin_launch(uint32_t first_block);
 
   // The race that an access makes, in words; empty if none. `shared`: the block's own memory.
   std::string check(const void* address, size_t bytes, Access access, Accessor now,
@@ -67,7 +74,8 @@ class RaceDetector {
     Record read{}, write{};
   };
 
-  static constexpr size_t kPage = 1024;
+  static constexpr size_t kPage = 1024;       // bytes that are neighbours on record
+  static constexpr size_t kMostPages = 8192;  // that outlive a launch
 
   Byte& at(uintptr_t place);
   bool current(const Record& past, const Accessor& now, bool shared) const;
@@ -79,16 +87,5 @@ class RaceDetector {
   uintptr_t last_page_ = 0;
   Byte* last_bytes_ = nullptr;
 };
-
-#else
-
-inline constexpr bool kRaces = false;
-inline void check_access(const void*, size_t, Access, const void*) {}
-inline void note_access(const void*, size_t, Access) {}
-struct Unchecked {
-  Unchecked() {}  // not trivial: else unused variables are warned about
-};
-
-#endif
 
 }  // namespace sparse_rcnn::emulator

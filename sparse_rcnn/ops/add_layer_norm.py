@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,9 +34,12 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
-    _check(x, residual, weight, bias)
+    tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    if residual is None:
+        del tensors["residual"]
+    _check(**tensors)
     native = _library.kernels("add_layer_norm", x.device)
-    if native is None:
+    if native is None or (_wants_gradient(tensors.values()) and not _has_backward(x.device)):
         return add_layer_norm_reference(x, residual, weight, bias, eps, relu)
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -54,18 +58,25 @@ def add_layer_norm_reference(
     return F.relu(x) if relu else x
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
-    tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias}
-    if residual is None:
-        del tensors["residual"]
+def _wants_gradient(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _has_backward(device: torch.device) -> bool:
+    """Not on the CPU, where it would cost more than it saves: see csrc/cpu/add_layer_norm.cpp."""
+    return _library.serving("add_layer_norm_backward", device.type) != _library.REFERENCE
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, **residual: Tensor) -> None:
+    tensors = {"x": x, **residual, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         check_floating(name, tensor)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape [..., C] with C >= 1, got {list(x.shape)}")
-    if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
+    for name, tensor in residual.items():
+        check_shape(name, tensor, tuple(x.shape))
     check_shape("weight", weight, x.shape[-1:])
     check_shape("bias", bias, x.shape[-1:])
     check_same_device(**tensors)
@@ -79,7 +90,7 @@ def _fake_backward(
     grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     rows, C = x.numel() // x.shape[-1], x.shape[-1]
-    part = torch.sym_max(8, (rows + 255) // 256)  # as rows_of_part() in csrc/common/add_layer_norm_args.h
+    part = torch.sym_max(8, (rows + 255) // 256)  # as rows_of_part() in csrc/cuda/add_layer_norm.cu
     parts = weight.new_empty((rows + part - 1) // part, 2, C)
     return torch.empty_like(x, memory_format=torch.contiguous_format), parts
 

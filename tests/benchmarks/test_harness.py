@@ -101,6 +101,12 @@ def test_an_ungated_peer_is_timed_and_its_reason_recorded():
     assert "other" in rows[0]["ratios"] and "other" not in rows[0]["gate"]
 
 
+def test_an_ungated_peer_that_does_not_run_is_left_out_and_says_why():
+    rows = run(make_case(peers={"other": WRONG["exception"]}, ungated={"other": "rounds"}))
+    assert all(row["passed"] and list(row["ratios"]) == ["reference"] for row in rows)
+    assert rows[0]["ungated"]["other"].startswith("rounds; left out: TypeError: 'NoneType'")
+
+
 @pytest.mark.parametrize(("shift", "passed"), [(0.9e-5, True), (1.2e-5, False)])
 def test_float32_tolerance(shift, passed):
     # Values of 1, exact in float32: 1e-5 absolute and 1e-5 relative allow 2e-5.

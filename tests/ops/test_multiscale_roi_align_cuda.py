@@ -101,11 +101,14 @@ def test_both_forms_are_the_gradient(native, dtype, C, box_dtype):
         assert_close(backward(native, *case, deterministic), expected)
 
 
+@pytest.mark.parametrize("present", [range(300), [3, 40, 270, 299], [256]])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_order_of_boxes_beyond_one_block(native, emulator, deterministic):
-    """The ordered form looks at 256 boxes at a time; here the second lot counts."""
+def test_more_boxes_than_threads(native, deterministic, present):
+    """The ordered form looks at 256 boxes at a time."""
     features, boxes, grad = make_case(B=2, N=300, C=4, levels=2, size=2)
-    grad[:, :250] = 0
+    absent = torch.ones(300, dtype=torch.bool)
+    absent[list(present)] = False
+    boxes[:, absent] = boxes[:, absent][..., [2, 1, 0, 3]]  # of negative area
     options = (2, 2, "mmdet")
     expected = expected_cells(features, boxes, grad, options)
     assert expected.any()
