@@ -1,4 +1,5 @@
-// The arguments of apply_deltas, checked once for the CPU and CUDA kernels, and the choice of the kernel's types.
+// The arguments of apply_deltas, checked once for the CPU and CUDA kernels, and the choice of the
+// kernel's types.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,5 @@
-// Decoding of one box and its gradient, for the CPU and CUDA kernels; specification: apply_deltas_reference.
+// Decoding of one box and its gradient, for the CPU and CUDA kernels; specification:
+// apply_deltas_reference.
 //
 // Everything is of one type A, see DecodeType.
 #pragma once
@@ -14,7 +15,8 @@
 
 namespace sparse_rcnn {
 
-// The wider of the deltas' and the boxes' type, at least float: what is computed in, and the result's type.
+// The wider of the deltas' and the boxes' type, at least float: what is computed in, and the
+// result's type.
 template <typename D, typename B>
 using DecodeType =
     std::conditional_t<std::is_same_v<D, double> || std::is_same_v<B, double>, double, float>;
@@ -25,7 +27,7 @@ struct DeltaCode {
   A weights[4];
   A lower;
   A upper;
-  bool clamped;  // whether there is a bound: without one even a delta of NaN or infinity has a gradient
+  bool clamped;  // whether there is a bound: without one a delta of NaN has a gradient too
 };
 
 template <typename A>
@@ -66,8 +68,9 @@ C10_HOST_DEVICE inline void decode_box(const A* deltas, const A* box, const Delt
   }
 }
 
-// The gradients of deltas and box from that of the decoded box. A delta at a bound or beyond it has none, as in current
-// PyTorch; 2.11's torch.clamp still let the gradient through at the bound itself.
+// The gradients of deltas and box from that of the decoded box. A delta at a bound or beyond it has
+// none, as in current PyTorch; 2.11's torch.clamp still let the gradient through at the bound
+// itself.
 template <typename A>
 C10_HOST_DEVICE inline void decode_box_backward(const A* grad, const A* deltas, const A* box,
                                                 const DeltaCode<A>& code, A* grad_deltas,

@@ -1,7 +1,9 @@
-// The arguments of multiscale_roi_align and roi_dynamic_conv, checked and packed once for the CPU and CUDA kernels.
+// The arguments of multiscale_roi_align and roi_dynamic_conv, checked and packed once for the CPU
+// and the CUDA kernels.
 //
-// Python has already refused bad arguments with the user's error; these checks keep a direct call through torch.ops
-// from reading out of bounds. The kernels get RoiAlignArgs by value and trust every number in it.
+// Python has already refused bad arguments with the user's error; these checks keep a direct call
+// through torch.ops from reading out of bounds. The kernels get RoiAlignArgs by value and trust
+// every number in it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,18 +12,17 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/check.h"
-
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <utility>
 #include <vector>
+
+#include "common/check.h"
 
 namespace sparse_rcnn {
 
-constexpr int max_levels = 8;
-constexpr int max_samples = 512;  // a side of a box: output_size * sampling_ratio
+constexpr int kMaxLevels = 8;
+constexpr int kMaxSamples = 512;  // a side of a box: output_size * sampling_ratio
 
 enum class LevelRule : int32_t { detectron2, mmdet };
 
@@ -35,7 +36,7 @@ struct RoiAlignLevel {
 };
 
 struct RoiAlignArgs {
-  RoiAlignLevel levels[max_levels];
+  RoiAlignLevel levels[kMaxLevels];
   int32_t level_count;
   int32_t finest;  // log2(strides[0])
   LevelRule level_rule;
@@ -68,8 +69,8 @@ inline void check_floating_map(const Tensor& map) {
 }
 
 inline void check_strides(const std::vector<int64_t>& strides, size_t level_count) {
-  STD_TORCH_CHECK(level_count >= 1 && level_count <= max_levels, "features: expected 1 to ",
-                  max_levels, " levels, got ", level_count);
+  STD_TORCH_CHECK(level_count >= 1 && level_count <= kMaxLevels, "features: expected 1 to ",
+                  kMaxLevels, " levels, got ", level_count);
   STD_TORCH_CHECK(strides.size() == level_count, "strides: expected one a level, got ",
                   strides.size(), " for ", level_count, " features");
   constexpr int64_t largest = int64_t{1} << 30;
@@ -82,7 +83,7 @@ inline void check_strides(const std::vector<int64_t>& strides, size_t level_coun
   }
 }
 
-// `need_maps` is false where their sizes are enough, as in the backward: levels[].data is null then.
+// `need_maps` is false where the maps' sizes are enough, as in a backward: their data is null then.
 inline RoiAlignInputs parse_roi_align(const std::vector<Tensor>& features, const Tensor& boxes,
                                       const std::vector<int64_t>& strides, int64_t output_size,
                                       int64_t sampling_ratio, const std::string& level_rule,
@@ -94,14 +95,15 @@ inline RoiAlignInputs parse_roi_align(const std::vector<Tensor>& features, const
       boxes.scalar_type() == ScalarType::Float || boxes.scalar_type() == ScalarType::Double,
       "boxes: expected float32 or float64");
   // Far above any use; it keeps the taps of a box in the shared memory of a GPU block.
-  STD_TORCH_CHECK(output_size >= 1 && output_size <= max_samples && sampling_ratio >= 1 &&
-                      sampling_ratio <= max_samples && output_size * sampling_ratio <= max_samples,
-                  "output_size, sampling_ratio: expected 1 to ", max_samples,
+  STD_TORCH_CHECK(output_size >= 1 && output_size <= kMaxSamples && sampling_ratio >= 1 &&
+                      sampling_ratio <= kMaxSamples && output_size * sampling_ratio <= kMaxSamples,
+                  "output_size, sampling_ratio: expected 1 to ", kMaxSamples,
                   " samples a side, got ", output_size, " * ", sampling_ratio);
   STD_TORCH_CHECK(level_rule == "detectron2" || level_rule == "mmdet",
                   "level_rule: expected detectron2 or mmdet, got ", level_rule);
 
-  RoiAlignInputs inputs{.args = {}, .maps = {}, .boxes = torch::stable::contiguous(boxes), .dtype = {}};
+  RoiAlignInputs inputs{
+      .args = {}, .maps = {}, .boxes = torch::stable::contiguous(boxes), .dtype = {}};
   RoiAlignArgs& args = inputs.args;
   args.level_count = static_cast<int32_t>(features.size());
   args.level_rule = level_rule == "mmdet" ? LevelRule::mmdet : LevelRule::detectron2;
@@ -160,7 +162,8 @@ inline Tensor parse_roi_align_grad(const Tensor& grad, const RoiAlignInputs& inp
   return torch::stable::contiguous(grad);
 }
 
-// Whether the gradient of the features is wanted: grad_cells is [cells, C] to add into, or has no rows.
+// Whether the gradient of the features is wanted: grad_cells is [cells, C], to add into, or has no
+// rows.
 inline bool wants_grad_cells(const Tensor& grad_cells, const RoiAlignInputs& inputs) {
   const RoiAlignArgs& args = inputs.args;
   STD_TORCH_CHECK(grad_cells.dim() == 2, "grad_cells: expected rank 2, got ",
@@ -174,7 +177,8 @@ inline bool wants_grad_cells(const Tensor& grad_cells, const RoiAlignInputs& inp
                   shape_of(grad_cells));
   STD_TORCH_CHECK(grad_cells.scalar_type() == accumulation_type(inputs.dtype),
                   "grad_cells: expected the accumulation type of features");
-  STD_TORCH_CHECK(same_device(grad_cells, inputs.boxes), "grad_cells: expected the device of boxes");
+  STD_TORCH_CHECK(same_device(grad_cells, inputs.boxes),
+                  "grad_cells: expected the device of boxes");
   return true;
 }
 

@@ -1,5 +1,5 @@
-// Rows of add_layer_norm; compiled once for each level of cpu/isa.h. The scratch row holds C values, rounded up to whole
-// vectors, and stays in the first-level cache from pass to pass.
+// Rows of add_layer_norm; compiled once for each level of cpu/isa.h. The scratch row holds C
+// values, rounded up to whole vectors, and stays in the first-level cache from pass to pass.
 
 // The first `count` values at p, or, known to the compiler, a whole vector of them.
 template <bool whole, typename T>
@@ -86,11 +86,13 @@ struct Statistics {
   A rstd;  // the reciprocal of the standard deviation
 };
 
-// row = x + residual, and its statistics: the variance from the deviations, never from the squares of the values.
+// row = x + residual, and its statistics: the variance from the deviations, never from the squares
+// of the values.
 template <typename T, typename A = Accumulation<T>>
 static inline Statistics<A> measure(const T* x, const T* residual, A eps, int channels, A* row) {
   constexpr int step = lanes<A>, ways = Sums<A>::ways;
-  const A mean = residual ? sum_row<true>(x, residual, channels, row) : sum_row<false>(x, residual, channels, row);
+  const A mean = residual ? sum_row<true>(x, residual, channels, row)
+                          : sum_row<false>(x, residual, channels, row);
   Sums<A> squares;
   int c = 0;
   for (; c + ways * step <= channels; c += ways * step) {
@@ -107,17 +109,18 @@ static inline Statistics<A> measure(const T* x, const T* residual, A eps, int ch
 }
 
 template <bool whole, typename T, typename A = Accumulation<T>>
-static inline void write_normal(const A* row, Statistics<A> of, const A* weight, const A* bias, bool relu, int c,
-                                int count, T* out) {
+static inline void write_normal(const A* row, Statistics<A> of, const A* weight, const A* bias,
+                                bool relu, int c, int count, T* out) {
   const Vec<A> scale = load_some<whole>(weight + c, count) * of.rstd;
-  const Vec<A> value = fused_multiply_add(load(row + c) - of.mean, scale, load_some<whole>(bias + c, count));
+  const Vec<A> shift = load_some<whole>(bias + c, count);
+  const Vec<A> value = fused_multiply_add(load(row + c) - of.mean, scale, shift);
   // The comparison keeps NaN, as PyTorch's ReLU does.
   store_some<whole>(out + c, relu ? (value < A(0) ? Vec<A>{} : value) : value, count);
 }
 
 template <typename T, typename A = Accumulation<T>>
-static void add_layer_norm_rows(const T* x, const T* residual, const A* weight, const A* bias, A eps, bool relu,
-                                int64_t rows, int channels, A* row, T* out) {
+static void add_layer_norm_rows(const T* x, const T* residual, const A* weight, const A* bias,
+                                A eps, bool relu, int64_t rows, int channels, A* row, T* out) {
   constexpr int step = lanes<A>;
   for (int64_t r = 0; r < rows; ++r) {
     const Statistics<A> of = measure(x, residual, eps, channels, row);

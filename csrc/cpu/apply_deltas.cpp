@@ -1,4 +1,5 @@
-// Box decoding on the CPU: one pass over the boxes in place of a dozen operators over small tensors.
+// Box decoding on the CPU: one pass over the boxes in place of a dozen operators over small
+// tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -68,7 +69,8 @@ void decode_backward(const Tensor& grad, const ApplyDeltasInputs& inputs,
 Tensor apply_deltas_cpu(const Tensor& deltas, const Tensor& boxes, std::vector<double> weights,
                         std::optional<double> lower, std::optional<double> upper) {
   const ApplyDeltasInputs inputs = parse_apply_deltas(deltas, boxes);
-  const Tensor decoded = torch::stable::new_empty(inputs.boxes, inputs.boxes.sizes(), inputs.computation);
+  const Tensor decoded =
+      torch::stable::new_empty(inputs.boxes, inputs.boxes.sizes(), inputs.computation);
   with_types_of(inputs, [&](auto delta, auto box) {
     using D = decltype(delta);
     using B = decltype(box);

@@ -127,15 +127,15 @@ struct Band {
   int end;
 };
 
-constexpr int band_rows = 16;  // 8 to 64 take about the same time
+constexpr int kBandRows = 16;  // 8 to 64 take about the same time
 
 std::vector<Band> make_bands(const RoiAlignArgs& args) {
   std::vector<Band> bands;
   for (int64_t image = 0; image < args.images; ++image) {
     for (int level = 0; level < args.level_count; ++level) {
       const int height = args.levels[level].height;
-      for (int first = 0; first < height; first += band_rows) {
-        bands.push_back({image, level, first, std::min(first + band_rows, height)});
+      for (int first = 0; first < height; first += kBandRows) {
+        bands.push_back({image, level, first, std::min(first + kBandRows, height)});
       }
     }
   }

@@ -9,7 +9,7 @@
 // additions are as many, nothing in between is stored, and a cell that two bins read comes from a
 // near cache the second time.
 
-constexpr int block_vectors = SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512 ? 16 : 8;
+constexpr int kBlockVectors = SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512 ? 16 : 8;
 
 // Some channels of one bin: kVectors vectors of them, or the first `part` lanes of one where kPart.
 template <int kVectors, bool kPart, typename T, typename Out>
@@ -48,8 +48,8 @@ static void pool_roi(const RoiTaps<Accumulation<T>>& roi, const T* map, int64_t 
   for (int i = 0; i < roi.rows.count; ++i) {
     for (int j = 0; j < roi.columns.count; ++j, out += channels) {
       int64_t c = 0;
-      for (; c + block_vectors * width <= channels; c += block_vectors * width) {
-        pool_channels<block_vectors, false>(roi, i, j, map + c, channels, 0, out + c);
+      for (; c + kBlockVectors * width <= channels; c += kBlockVectors * width) {
+        pool_channels<kBlockVectors, false>(roi, i, j, map + c, channels, 0, out + c);
       }
       for (; c + width <= channels; c += width) {
         pool_channels<1, false>(roi, i, j, map + c, channels, 0, out + c);
@@ -105,8 +105,8 @@ static void scatter_roi(const RoiTaps<Accumulation<T>>& roi, int first, int end,
       const int x = roi.columns.taps[roi.columns.begin[j]].cell;
       A* cell = cells + (y * roi.width + x) * channels;
       int64_t c = 0;
-      for (; c + block_vectors * width <= channels; c += block_vectors * width) {
-        scatter_channels<block_vectors, false>(roi, i, j, grad + c, channels, 0, cell + c);
+      for (; c + kBlockVectors * width <= channels; c += kBlockVectors * width) {
+        scatter_channels<kBlockVectors, false>(roi, i, j, grad + c, channels, 0, cell + c);
       }
       for (; c + width <= channels; c += width) {
         scatter_channels<1, false>(roi, i, j, grad + c, channels, 0, cell + c);

@@ -1,15 +1,15 @@
 // Residual, LayerNorm and ReLU on the GPU, forward and backward, in one launch each.
 //
-// Two forms. By warp: rows of at most 1024 channels that are whole 16-byte vectors stay in the registers of one warp,
-// `per_lane` values a lane, and are read from memory once. By block: any C, and float64; the block reads the row three
-// times, the last two from the caches. The backward recomputes the statistics in place of saving them. Its blocks own
-// a part of the rows each and add up the part's weight and bias gradients in a fixed order; Python adds up the parts.
+// Two forms. By warp: rows of at most 1024 channels that are whole 16-byte vectors stay in the
+// registers of one warp, `per_lane` values a lane, and are read from memory once. By block: any C,
+// and float64; the block reads the row three times, the last two from the caches. The backward
+// recomputes the statistics in place of saving them. Its blocks own a part of the rows each and add
+// up the part's weight and bias gradients in a fixed order; Python adds up the parts.
 //
 // Budget (registers; no spills):           shared memory           threads
 //   forward by warp    48 / 80 / 136       none                    128, for per_lane = 8 / 16 / 32
 //   backward by warp   80 / 128 / 240      8 * C bytes             256
 //   by block           64                  256 B                   32 to 256
-// Both are bound by memory latency at 300 rows and by bandwidth at 4800; half of the threads an SM can hold are enough.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -69,7 +69,8 @@ struct LaneColumns {
 
 // Zeros where the row has no channels.
 template <int kPerLane, class T, class S>
-__device__ __forceinline__ void load_lane(const S* row, int channels, acc_t<T> (&values)[kPerLane]) {
+__device__ __forceinline__ void load_lane(const S* row, int channels,
+                                          acc_t<T> (&values)[kPerLane]) {
   using Columns = LaneColumns<T, kPerLane>;
 #pragma unroll
   for (int j = 0; j < Columns::vectors; ++j) {
@@ -84,7 +85,8 @@ __device__ __forceinline__ void load_lane(const S* row, int channels, acc_t<T> (
 }
 
 template <int kPerLane, class T>
-__device__ __forceinline__ void store_lane(const acc_t<T> (&values)[kPerLane], int channels, T* row) {
+__device__ __forceinline__ void store_lane(const acc_t<T> (&values)[kPerLane], int channels,
+                                           T* row) {
   using Columns = LaneColumns<T, kPerLane>;
 #pragma unroll
   for (int j = 0; j < Columns::vectors; ++j) {
@@ -98,7 +100,8 @@ __device__ __forceinline__ void store_lane(const acc_t<T> (&values)[kPerLane], i
   }
 }
 
-// values = the normalised row, before weight and bias; returns the reciprocal of the standard deviation.
+// values = the normalised row, before weight and bias; returns the reciprocal of the standard
+// deviation.
 template <int kPerLane, class T>
 __device__ __forceinline__ acc_t<T> normalize_lane(const Rows<T>& rows, int64_t row,
                                                    acc_t<T> (&values)[kPerLane]) {
@@ -146,7 +149,8 @@ __global__ void __launch_bounds__(kForwardThreads)
   store_lane(values, channels, out + row * channels);
 }
 
-// Adds up over the block's warps, one after the other, what each lane holds of weight and bias gradients: to [2, C].
+// Adds up over the block's warps, one after the other, what each lane holds of weight and bias
+// gradients: to [2, C].
 template <class T, int kPerLane>
 __device__ __forceinline__ void add_up_warps(const acc_t<T> (&grad_weight)[kPerLane],
                                              const acc_t<T> (&grad_bias)[kPerLane], int channels,
@@ -302,8 +306,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 // Host side
 // ------------------------------------------------------------------------------------------------
 
-// Rows of one part of the weight and bias gradients, at most 256 parts. It follows from the number of rows alone (as in
-// sparse_rcnn/ops/add_layer_norm.py): the sums are the same on every GPU.
+// Rows of one part of the weight and bias gradients, at most 256 parts. It follows from the number
+// of rows alone (as in sparse_rcnn/ops/add_layer_norm.py): the sums are the same on every GPU.
 int64_t rows_of_part(int64_t rows) {
   return std::max<int64_t>(kBackwardWarps, ceil_div(rows, 256));
 }

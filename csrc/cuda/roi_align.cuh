@@ -11,11 +11,12 @@
 // no multiple of it. The block has any multiple of 32 threads, all of which call make_roi_taps().
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "common/box_math.h"
 #include "common/cuda.cuh"
 #include "common/roi_align_args.h"
-
-#include <algorithm>
 
 namespace sparse_rcnn {
 
@@ -70,7 +71,9 @@ struct TapSpace {
   }
   __host__ __device__ size_t cells() const { return order() + padded(sizeof(int) * capacity); }
   __host__ __device__ size_t begin() const { return cells() + padded(sizeof(int) * capacity); }
-  __host__ __device__ size_t count() const { return begin() + padded(sizeof(int) * (capacity + 1)); }
+  __host__ __device__ size_t count() const {
+    return begin() + padded(sizeof(int) * (capacity + 1));
+  }
   __host__ __device__ size_t axis_bytes() const { return count() + padded(sizeof(int)); }
 };
 
@@ -384,7 +387,7 @@ inline bool has_vector_channels(const RoiAlignArgs& args) {
 // What the kernels count in 32 bits: the bytes of a row of cells, the threads' items.
 inline void check_roi_align_sizes(const RoiAlignArgs& args, size_t element_size) {
   for (int level = 0; level < args.level_count; ++level) {
-    const int64_t cells = std::max<int64_t>(args.levels[level].width, max_samples);
+    const int64_t cells = std::max<int64_t>(args.levels[level].width, kMaxSamples);
     STD_TORCH_CHECK(args.channels <= UINT32_MAX / static_cast<int64_t>(element_size) / cells,
                     "features[", level, "]: rows too large, ", args.levels[level].width,
                     " cells of ", args.channels, " channels");

@@ -89,17 +89,31 @@ class Stage(nn.Module):
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One refinement: boxes [B, N, 4] and proposal features x [B, N, C] in; logits, boxes, features out."""
         if self.attends:
-            x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
-        x = self.norm2(self.inst_interact(features, boxes, x))
-        x = self.norm3(x + self.linear2(F.relu(self.linear1(x))))
-        logits = self.class_logits(self.cls_module(x))  # [B, N, K]
-        deltas = self.bboxes_delta(self.reg_module(x))  # [B, N, 4]
-        boxes = ops.apply_deltas(deltas, boxes, clamp=self.config.delta_clamp)
-        return logits, boxes, x
+            x = _add_norm(self.norm1, self.self_attn(x, x, x, need_weights=False)[0], x)
+        x = _add_norm(self.norm2, self.inst_interact(features, boxes, x), x if self.inst_interact.residual else None)
+        x = _add_norm(self.norm3, self.linear2(F.relu(self.linear1(x))), x)
+        logits = self.class_logits(_run_tower(self.cls_module, x))  # [B, N, K]
+        return logits, self._refine(x, boxes), x
+
+    def _refine(self, x: Tensor, boxes: Tensor) -> Tensor:
+        """The box tower, its deltas [B, N, 4] and the boxes [B, N, 4] that they make."""
+        clamp = self.config.delta_clamp
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return ops.apply_deltas(self.bboxes_delta(_run_tower(self.reg_module, x)), boxes, clamp=clamp)
+        linears, norms = self.reg_module[0::3], self.reg_module[1::3]
+        refined = ops.refine_boxes(
+            *(x.flatten(0, 1), boxes.flatten(0, 1), [linear.weight for linear in linears]),
+            *([norm.weight for norm in norms], [norm.bias for norm in norms]),
+            *(self.bboxes_delta.weight, self.bboxes_delta.bias),
+            clamp=clamp,
+        )
+        return refined.view_as(boxes)
 
 
 class DynamicConv(nn.Module):
     """The dynamic interaction: each proposal generates the weights that its RoI features pass through."""
+
+    residual = True
 
     def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
         super().__init__()
@@ -113,7 +127,7 @@ class DynamicConv(nn.Module):
         self.norm3 = nn.LayerNorm(C)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
-        """Boxes [B, N, 4] and proposal features x [B, N, C]: the features [B, N, C] with their residual."""
+        """Boxes [B, N, 4] and proposal features x [B, N, C]: what is added to the features, [B, N, C]."""
         parameters = self._generate(x)
         with self._recomputing(parameters, x):
             interaction = ops.roi_dynamic_conv(
@@ -121,7 +135,7 @@ class DynamicConv(nn.Module):
                 *(self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias),
                 *(self.strides, self.config.pooler_resolution, self.config.sampling_ratio, self.config.level_rule),
             )  # [B, N, P, C]
-        return x + F.relu(self.norm3(self.out_layer(interaction.flatten(2))))
+        return _add_norm(self.norm3, self.out_layer(interaction.flatten(2)), relu=True)
 
     def _generate(self, x: Tensor) -> Tensor:
         """The proposals' own weights, [B * N, 2 * C * D]."""
@@ -138,6 +152,8 @@ class DynamicConv(nn.Module):
 class ConcatInteraction(nn.Module):
     """The paper's variant without dynamic weights: RoI and proposal feature concatenated, then one layer."""
 
+    residual = True
+
     def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
         super().__init__()
         self.roi = RoIFeature(config, strides)
@@ -145,13 +161,15 @@ class ConcatInteraction(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
-        """Boxes [B, N, 4] and proposal features x [B, N, C]: the features [B, N, C] with their residual."""
+        """Boxes [B, N, 4] and proposal features x [B, N, C]: what is added to the features, [B, N, C]."""
         merged = self.merge(torch.cat([self.roi(features, boxes), x], dim=-1))
-        return x + F.relu(self.norm(merged))
+        return _add_norm(self.norm, merged, relu=True)
 
 
 class PlainInteraction(nn.Module):
     """The paper's cascade baseline: a stage sees its RoI features and nothing of the stage before but the box."""
+
+    residual = False
 
     def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
         super().__init__()
@@ -178,7 +196,7 @@ class RoIFeature(nn.Module):
         pooled = ops.multiscale_roi_align(
             features, boxes, self.strides, config.pooler_resolution, config.sampling_ratio, config.level_rule
         )  # [B, N, P, C]
-        return F.relu(self.norm(self.out_layer(pooled.flatten(2))))
+        return _add_norm(self.norm, self.out_layer(pooled.flatten(2)), relu=True)
 
 
 _INTERACTIONS = {"dynamic": DynamicConv, "concat": ConcatInteraction, "plain": PlainInteraction}
@@ -190,3 +208,13 @@ def _tower(channels: int, layers: int) -> nn.Sequential:
     for _ in range(layers):
         blocks += [nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU()]
     return nn.Sequential(*blocks)
+
+
+def _run_tower(tower: nn.Sequential, x: Tensor) -> Tensor:
+    for linear, norm in zip(tower[0::3], tower[1::3], strict=True):
+        x = _add_norm(norm, linear(x), relu=True)
+    return x
+
+
+def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, relu)

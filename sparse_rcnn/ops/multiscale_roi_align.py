@@ -17,6 +17,7 @@ from sparse_rcnn.ops.shared_gradients import SharedFeatures, call_sharing, new_g
 
 LEVEL_RULES = ("detectron2", "mmdet")
 MAX_LEVELS = 8  # what the kernels' argument block holds
+MAX_SAMPLES = 512  # of a box's side: the taps of more do not fit in a GPU's shared memory
 
 
 def multiscale_roi_align(
@@ -182,6 +183,11 @@ def check_roi_align(
             raise ValueError(f"strides: expected powers of two, each twice the one before, got {list(strides)}")
     if output_size < 1 or sampling_ratio < 1:
         raise ValueError(f"output_size, sampling_ratio: expected >= 1, got {output_size}, {sampling_ratio}")
+    if output_size * sampling_ratio > MAX_SAMPLES:
+        raise ValueError(
+            f"output_size, sampling_ratio: expected a product of at most {MAX_SAMPLES} samples a side, got "
+            f"{output_size} x {sampling_ratio}"
+        )
     if level_rule not in LEVEL_RULES:
         raise ValueError(f"level_rule: expected one of {', '.join(LEVEL_RULES)}, got {level_rule!r}")
 

@@ -186,7 +186,7 @@ def test_with_a_gradient_the_cpu_takes_the_operators_of_pytorch():
 
 
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 2048, 2049, 5000])
-def test_the_fake_operator_knows_how_many_parts_there_are(emulator, rows):
+def test_the_emulated_operators_fake_knows_how_many_parts_there_are(emulator, rows):
     backward = torch.ops.sparse_rcnn_emulated.add_layer_norm_backward
     arguments = (torch.ones(rows, 2), torch.ones(rows, 2), None, torch.ones(2), torch.ones(2), 1e-5, False)
     parts = backward(*arguments)[1]

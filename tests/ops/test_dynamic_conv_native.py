@@ -129,7 +129,9 @@ def assert_gradients_close(actual, expected, grad):
     """Within 1e-5, and in proportion where all are small: each comes from sums of values of the size of ``grad``."""
     for name, ours, exact in zip(NAMES, actual, expected, strict=True):
         scale = min(1.0, torch.cat([exact.flatten(), grad.double().flatten(), grad.new_zeros(1)]).abs().max().item())
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.double(), exact, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -153,7 +155,7 @@ def test_gradients(backend, shape):
 def test_gradients_at_the_kinks(backend, shape):
     """Without a bias half of all values are cut off; rows that a rounding could turn get no gradient."""
     arguments, grad = make_arguments(*shape), make_grad(*shape[:3])
-    near = [1e-4 > value.abs().amin(-1) for value in before_relu(*wide(arguments))]
+    near = [value.abs().amin(-1) < 1e-4 for value in before_relu(*wide(arguments))]
     assert sum(n.sum() for n in near) < grad[..., 0].numel() / 2
     grad[near[0] | near[1]] = 0
     actual = gradients(ops.dynamic_conv, arguments, grad)

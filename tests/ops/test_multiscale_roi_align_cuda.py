@@ -24,14 +24,15 @@ def native(emulator):
         yield torch.ops.sparse_rcnn_emulated
 
 
-def make_case(B=2, N=12, C=8, dtype=torch.float32, levels=4, size=7, box_dtype=torch.float32):
+def make_case(B=2, N=12, C=8, dtype=torch.float32, levels=4, size=7, box_dtype=torch.float32, scale=1):
     """Maps, boxes of which many share cells, and a gradient."""
     generator = torch.Generator().manual_seed(0)
+    H, W = scale * HEIGHT, scale * WIDTH
     features = [
-        torch.randn(B, C, HEIGHT // s, WIDTH // s, generator=generator).to(dtype, memory_format=torch.channels_last)
+        torch.randn(B, C, H // s, W // s, generator=generator).to(dtype, memory_format=torch.channels_last)
         for s in STRIDES[:levels]
     ]
-    centers = torch.rand(B, N, 2, generator=generator) * torch.tensor([WIDTH, HEIGHT])
+    centers = torch.rand(B, N, 2, generator=generator) * torch.tensor([W, H])
     halves = 2 ** (2 + torch.rand(B, N, 2, generator=generator) * 6)
     boxes = torch.cat([centers - halves, centers + halves], dim=-1).to(box_dtype)
     grad = torch.randn(B, N, size**2, C, generator=generator).to(dtype)
@@ -101,6 +102,21 @@ def test_both_forms_are_the_gradient(native, dtype, C, box_dtype):
         assert_close(backward(native, *case, deterministic), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_a_detector(native, dtype):
+    features, boxes, grad = make_case(B=1, N=300, C=256, dtype=dtype, scale=4)
+    actual = ops.multiscale_roi_align(features, boxes, STRIDES)
+    expected = ops.multiscale_roi_align_reference([f.double() for f in features], boxes, STRIDES)
+    if dtype == torch.float32:
+        assert_close(actual, expected)
+    else:
+        eager = ops.multiscale_roi_align_reference(features, boxes, STRIDES)
+        assert (actual - expected).abs().max() <= 2 * (eager - expected).abs().max()
+    expected = expected_cells(features, boxes, grad)
+    for deterministic in (False, True):
+        assert_close(backward(native, features, boxes, grad, deterministic), expected)
+
+
 @pytest.mark.parametrize("present", [range(300), [3, 40, 270, 299], [256]])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_more_boxes_than_threads(native, deterministic, present):
@@ -146,7 +162,9 @@ def test_the_most_samples(native, size, samples):
     features, boxes, grad = make_case(B=1, N=1, C=4, levels=1, size=size)
     options = (size, samples, "detectron2")
     actual = ops.multiscale_roi_align(features, boxes, STRIDES[:1], *options)
-    assert_close(actual, ops.multiscale_roi_align_reference([f.double() for f in features], boxes, STRIDES[:1], *options))
+    assert_close(
+        actual, ops.multiscale_roi_align_reference([f.double() for f in features], boxes, STRIDES[:1], *options)
+    )
     for deterministic in (False, True):
         actual = backward(native, features, boxes, grad, deterministic, options)
         assert_close(actual, expected_cells(features, boxes, grad, options))

@@ -147,7 +147,7 @@ def test_what_is_not_finite_stays_in_its_row(backend, dtype):
     torch.testing.assert_close(actual[good], expected[good], rtol=0, atol=0)
 
 
-def test_opcheck(emulator):
+def test_opcheck_of_the_emulated_operator(emulator):
     native = torch.ops.sparse_rcnn_emulated.refine_boxes.default
     for inputs in (make(5, 16, 2), make(5, 16, 1, torch.bfloat16, torch.float64)):
         torch.library.opcheck(native, native_arguments(inputs))
@@ -186,7 +186,7 @@ def test_repeats_are_equal_in_every_bit(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_every_order_of_threads_gives_the_same(emulator, dtype):
+def test_every_order_of_emulated_threads_gives_the_same(emulator, dtype):
     inputs, runs = make(21, 48, 3, dtype), []
     with ops.backend("emulated"):
         for seed in range(5):
@@ -195,7 +195,7 @@ def test_every_order_of_threads_gives_the_same(emulator, dtype):
     assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
-def test_a_proposal_does_not_depend_on_the_others(emulator):
+def test_an_emulated_proposal_does_not_depend_on_the_others(emulator):
     for dtype in (torch.float32, torch.bfloat16):
         inputs = make(37, 64, 2, dtype)
         part = inputs | {"x": inputs["x"][20:23], "boxes": inputs["boxes"][20:23]}
@@ -204,7 +204,7 @@ def test_a_proposal_does_not_depend_on_the_others(emulator):
         torch.testing.assert_close(alone, together[20:23], rtol=0, atol=0)
 
 
-def test_the_tensor_cores_are_used(emulator):
+def test_the_tensor_cores_are_used_when_emulated(emulator):
     inputs = make(17, 256, 3, torch.bfloat16)
     emulator.reset_statistics()
     with ops.backend("emulated"):
@@ -274,7 +274,7 @@ def test_bad_input(change, error, message):
         ops.refine_boxes(**(make(3, 16, 2) | change))
 
 
-def test_bad_input_of_the_native_operator(emulator):
+def test_bad_input_of_the_emulated_operator(emulator):
     native = torch.ops.sparse_rcnn_emulated.refine_boxes
     bad = [
         ({"x": torch.zeros(3, 16, 1)}, r"x: expected shape \[any, any\], got \[3, 16, 1\]"),

@@ -176,7 +176,9 @@ def assert_gradients_close(arguments, actual, expected):
     given = arguments.grad.double().flatten()
     for name, ours, exact in zip(arguments.names(), actual, expected, strict=True):
         scale = min(1.0, torch.cat([exact.flatten(), given, given.new_zeros(1)]).abs().max().item())
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.double(), exact, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("rule", ["detectron2", "mmdet"])
