@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sparse_rcnn.kernels.box_math import power
+from torch import Tensor
 
 BLOCK = 1024
 

@@ -1,9 +1,10 @@
-// dynamic_conv on the GPU: one block a RoI, one launch in place of six or more. Kernels and budgets:
-// dynamic_conv_forward.cuh and dynamic_conv_backward.cuh (bfloat16 and float16 by tensor cores, for
-// P up to 64, C a multiple of 16 up to 256, D a multiple of 16 up to 64), dynamic_conv_simt.cuh (the
-// rest). No atomics: results are the same bits in every run.
+// dynamic_conv on the GPU: one block a RoI, one launch in place of six or more. The kernels and
+// their budgets: dynamic_conv_forward.cuh and dynamic_conv_backward.cuh take bfloat16 and float16
+// by tensor cores, for P up to 64, C a multiple of 16 up to 256, D a multiple of 16 up to 64 (and
+// shared memory up to 99 KB: with C = 256 and D = 64 the backward goes up to P = 49);
+// dynamic_conv_simt.cuh takes the rest. float32 is exact: TF32 is never used, whatever PyTorch's
+// setting, which the stable ABI does not tell. No atomics: the same bits in every run.
 #include "cuda/dynamic_conv.cuh"
-
 #include "cuda/dynamic_conv_backward.cuh"
 #include "cuda/dynamic_conv_forward.cuh"
 #include "cuda/dynamic_conv_simt.cuh"
@@ -21,8 +22,9 @@ void launch_dynamic_conv(const DynamicConvInputs& inputs, const Tensor& roi_feat
     const ForwardPlan<T> plan(args.bins, args.channels, args.inner);
     if (suits_tensor_cores(inputs.bins, inputs.channels, inputs.inner) &&
         plan.scratch <= kSharedLimit) {
-      const auto kernel = is_usual_size(args) ? dynamic_conv_forward_kernel<T, StoredRois<T>, 256, 64>
-                                              : dynamic_conv_forward_kernel<T, StoredRois<T>, 0, 0>;
+      const auto kernel = is_usual_size(args)
+                              ? dynamic_conv_forward_kernel<T, StoredRois<T>, 256, 64>
+                              : dynamic_conv_forward_kernel<T, StoredRois<T>, 0, 0>;
       launch(kernel, one_block_a_roi(args.rois), dim3(kTileThreads), plan.scratch, stream, args,
              StoredRois<T>{x, nullptr}, out.mutable_data_ptr<T>());
       return;
@@ -68,10 +70,10 @@ Tensor dynamic_conv_cuda(const Tensor& roi_features, const Tensor& parameters,
                          const Tensor& norm1_weight, const Tensor& norm1_bias,
                          const Tensor& norm2_weight, const Tensor& norm2_bias, double eps) {
   check_shape("roi_features", roi_features, {-1, -1, -1});
-  const DeviceGuard guard(roi_features);
   const DynamicConvInputs inputs = parse_dynamic_conv(
       roi_features, roi_features.size(0), roi_features.size(1), roi_features.size(2), parameters,
       norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+  const DeviceGuard guard(roi_features);
   const Tensor x = aligned(roi_features);
   const Tensor out = torch::stable::new_empty(x, x.sizes());
   with_element_type("roi_features", inputs.dtype, [&](auto element) {
@@ -85,10 +87,10 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_conv_backward_cuda(
     const Tensor& norm1_weight, const Tensor& norm1_bias, const Tensor& norm2_weight,
     const Tensor& norm2_bias, double eps) {
   check_shape("roi_features", roi_features, {-1, -1, -1});
-  const DeviceGuard guard(roi_features);
   const DynamicConvInputs inputs = parse_dynamic_conv(
       roi_features, roi_features.size(0), roi_features.size(1), roi_features.size(2), parameters,
       norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+  const DeviceGuard guard(roi_features);
   check_shape("grad", grad, {inputs.rois, inputs.bins, inputs.channels});
   check_dtype("grad", grad, inputs.dtype);
   check_same_device("grad", grad, roi_features);

@@ -1,6 +1,7 @@
 // The dynamic interaction on the GPU: what its kernels, in dynamic_conv_forward.cuh,
 // dynamic_conv_backward.cuh (tensor cores) and dynamic_conv_simt.cuh (any size and type), and the
-// operators dynamic_conv and roi_dynamic_conv share: arguments, their checks, who takes which sizes.
+// operators dynamic_conv and roi_dynamic_conv share: arguments, their checks, who takes which
+// sizes.
 //
 //   hidden = relu(norm1(x W1)),  out = relu(norm2(hidden W2)),  x [P, C], W1 [C, D], W2 [D, C]
 #pragma once
@@ -94,16 +95,11 @@ struct DynamicConvInputs {
   template <class T>
   DynamicConvArgs<T> args(double eps) const {
     using A = acc_t<T>;
-    return {parameters.const_data_ptr<T>(),
-            norm1_weight.const_data_ptr<A>(),
-            norm1_bias.const_data_ptr<A>(),
-            norm2_weight.const_data_ptr<A>(),
-            norm2_bias.const_data_ptr<A>(),
-            rois,
-            static_cast<int>(bins),
-            static_cast<int>(channels),
-            static_cast<int>(inner),
-            static_cast<A>(eps)};
+    return {parameters.const_data_ptr<T>(), norm1_weight.const_data_ptr<A>(),
+            norm1_bias.const_data_ptr<A>(), norm2_weight.const_data_ptr<A>(),
+            norm2_bias.const_data_ptr<A>(), rois,
+            static_cast<int>(bins),         static_cast<int>(channels),
+            static_cast<int>(inner),        static_cast<A>(eps)};
   }
   Tensor new_grad_norms() const {
     return torch::stable::new_empty(parameters, {rois, 2 * (inner + channels)},

@@ -8,14 +8,18 @@
 // first product to its gradient; what is as wide as C goes in passes of 32 rows. dy and dh are
 // rounded to T once, as operands. Sums over P of the norms' gradients are kept in float.
 //
-// Shared memory (P 49, C 256, D 64), each tile with a row of zeros after its P rows, which stands
-// for the rows up to the next multiple of 16 where P is the depth of a product: x 25.8 KB; grad,
-// which dy and then dx take over, 25.8 KB; W1, then W2, then W1 again 36 KB; hidden, then dh 7 KB;
-// sums 4 KB: 98.6 KB, two blocks on an SM of 228 KB, one on an SM of 100 KB. Registers: 128 at most,
-// no spills.
+// Each tile has a row of zeros after its P rows, which stands for the rows up to the next multiple
+// of 16 where P is the depth of a product.
 //
-// A RoI moves 64 KB of parameters (half of them twice), as much of their gradients and 75 KB of x,
-// grad and dx: 203 KB, 6.2 us of one of 132 SMs at 4.3 TB/s, against 2.1 us of mma.
+// Budget for P 49, C 256, D 64, two blocks on a multiprocessor of 228 KB, one on one of 100 KB:
+//   shared memory  98.6 KB: W1, then W2, then W1 again 36 KB; x 25.8 KB; grad, which dy and then dx
+//                  take over, 25.8 KB; hidden, then dh 7 KB; sums 4 KB
+//   registers      128, no spills (other sizes: up to 168, one block)
+//
+// Predicted for an H200, not measured. A RoI moves 96 KB of parameters, 64 KB of their gradients
+// and 75 KB of x, grad and dx: 7 us of one of 132 multiprocessors at 4.3 TB/s, against 2.1 us of
+// mma and 5.7 us of issue (40,000 warp instructions). 300 RoIs take two waves, 25 us; 4800 take
+// 0.26 ms.
 #pragma once
 
 #include "cuda/dynamic_conv_forward.cuh"
@@ -217,8 +221,8 @@ __device__ __forceinline__ void backward_to_dy(BackwardBlock<T>& block, float* n
     normalise<WidePlace::kSlots>(y, place.columns, block.buffers, place.rows, place.slot, C,
                                  args.eps, rstd);
     norm_backward<WidePlace::kSlots>(
-        y, place.columns, norm2, norm2 + C, block.buffers.gradient, place.rows,
-        place.slot, C, rstd, norm_grad, [&](int i, int j, int n) {
+        y, place.columns, norm2, norm2 + C, block.buffers.gradient, place.rows, place.slot, C, rstd,
+        norm_grad, [&](int i, int j, int n) {
           return load_pair(block.grad.at(row + place.rows[i], place.columns.of(j, n)));
         });
     __syncwarp();  // lanes store what their neighbours have just read
@@ -248,8 +252,8 @@ __device__ __forceinline__ void backward_w1(const BackwardBlock<T>& block, T* ta
   const WarpColumns columns = deal_columns(D, warp % 2, 2);
   for (int row = warp / 2 * 32; row < C; row += kTileWarps / 2 * 32) {
     WarpTile<2> tile;
-    tile.template multiply<Stored::transposed, Stored::straight>(
-        block.x, row, block.hidden, columns, 0, block.row_depth());
+    tile.template multiply<Stored::transposed, Stored::straight>(block.x, row, block.hidden,
+                                                                 columns, 0, block.row_depth());
     tile.store(target, D, row, C, columns);
   }
 }
@@ -270,8 +274,7 @@ __device__ __forceinline__ void backward_x(const BackwardBlock<T>& block, T* tar
 // kChannels and kInner are args.channels and args.inner if known beforehand, else 0.
 template <class T, class Rois, int kChannels, int kInner>
 __global__ void __launch_bounds__(kTileThreads, kChannels ? 2 : 1)
-    dynamic_conv_backward_kernel(const DynamicConvArgs<T> args,
-                                 const __grid_constant__ Rois rois,
+    dynamic_conv_backward_kernel(const DynamicConvArgs<T> args, const __grid_constant__ Rois rois,
                                  const DynamicConvGrads<T> grads) {
   const int P = args.bins, C = kChannels ? kChannels : args.channels;
   const int D = kInner ? kInner : args.inner;
@@ -312,12 +315,12 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 2 : 1)
   dhidden.template multiply<Stored::straight, Stored::transposed>(block.grad, place.row, block.w2,
                                                                   place.columns, 0, C);
   float norm_grad[2] = {};
-  norm_backward<NarrowPlace::kSlots>(
-      h, place.columns, args.norm1_weight, args.norm1_bias, block.buffers.gradient, place.rows, place.slot,
-      D, rstd, norm_grad, [&](int i, int j, int n) {
-        const float(&value)[4] = dhidden.value[0][j][n];
-        return Vec<float, 2>{{value[2 * i], value[2 * i + 1]}};
-      });
+  norm_backward<NarrowPlace::kSlots>(h, place.columns, args.norm1_weight, args.norm1_bias,
+                                     block.buffers.gradient, place.rows, place.slot, D, rstd,
+                                     norm_grad, [&](int i, int j, int n) {
+                                       const float(&value)[4] = dhidden.value[0][j][n];
+                                       return Vec<float, 2>{{value[2 * i], value[2 * i + 1]}};
+                                     });
   // Its barrier has shown that W2, hidden and dy are used up.
   if (rois.wants_grad()) block.copy_w1();
   h.store(block.hidden.data, block.hidden.pitch, place.row, P, place.columns);

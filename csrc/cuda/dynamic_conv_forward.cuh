@@ -7,12 +7,15 @@
 // in place of 64, which is what lets three blocks share a multiprocessor. Statistics are taken from
 // the float sums, mean first; only x, hidden and the result are ever rounded to T.
 //
-// Shared memory (P 49, C 256, D 64): x 25.3 KB, which hidden takes over; W1 36.0 KB, which W2 takes
-// over in two steps as the rows of W1 are used up; sums 4 KB; 65.3 KB, three blocks on an SM of
-// 228 KB, one on an SM of 100 KB. Registers: 80 at most, no spills.
+// Budget for P 49, C 256, D 64, three blocks on a multiprocessor of 228 KB, one on one of 100 KB:
+//   shared memory  63.3 KB: W1 36 KB, which W2 takes over in two steps as the rows of W1 are used
+//                  up; x 25.3 KB, which hidden takes over; sums 2 KB
+//   registers      80, no spills (other sizes: up to 106, two blocks)
 //
-// A RoI moves 64 KB of parameters and 25 KB in and out each, 114 KB in all, for 3.2 MFLOP: 3.5 us of
-// one of 132 SMs at 4.3 TB/s, against 0.7 us of mma; 300 RoIs are one wave.
+// Predicted for an H200, not measured. A RoI moves 64 KB of parameters and 25 KB in and out each:
+// 3.5 us of one of 132 multiprocessors at 4.3 TB/s, against 0.7 us of mma (3.2 MFLOP, padded
+// to 4.2) and 2.4 us of issue (17,000 warp instructions). 300 RoIs are one wave of 8 us, 4800 take
+// 130 us.
 #pragma once
 
 #include "cuda/dynamic_conv.cuh"
@@ -95,8 +98,7 @@ struct ForwardPlan {
 // reciprocal standard deviations in rstd. The thread's row i is row rows[i] of the sums.
 template <int Slots, int RowTiles>
 __device__ __forceinline__ void normalise(WarpTile<RowTiles>& tile, const WarpColumns& columns,
-                                          const NormSums& buffers,
-                                          const int (&rows)[2 * RowTiles],
+                                          const NormSums& buffers, const int (&rows)[2 * RowTiles],
                                           int slot, int width, float eps,
                                           float (&rstd)[2 * RowTiles]) {
   const float scale = 1.0f / width;
@@ -171,8 +173,8 @@ struct WidePlace {
 // kChannels and kInner are args.channels and args.inner if known beforehand, else 0.
 template <class T, class Rois, int kChannels, int kInner>
 __global__ void __launch_bounds__(kTileThreads, kChannels ? 3 : 2)
-    dynamic_conv_forward_kernel(const DynamicConvArgs<T> args,
-                                const __grid_constant__ Rois rois, T* out) {
+    dynamic_conv_forward_kernel(const DynamicConvArgs<T> args, const __grid_constant__ Rois rois,
+                                T* out) {
   const int P = args.bins, C = kChannels ? kChannels : args.channels;
   const int D = kInner ? kInner : args.inner;
   const int64_t roi = blockIdx.x;

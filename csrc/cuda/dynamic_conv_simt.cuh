@@ -3,13 +3,16 @@
 // float16 where the sizes do not suit the tensor-core kernels.
 //
 // A block takes one RoI after another. Intermediates are kept in the accumulation type in a
-// workspace: dynamic shared memory if it fits, else a slot of global memory for each block. Products
-// go in 64 x 64 pieces, 4 x 4 sums a thread, their operands staged in shared memory 16 deep.
+// workspace: dynamic shared memory if it fits, else a slot of global memory for each block.
+// Products go in 64 x 64 pieces, 4 x 4 sums a thread, their operands staged in shared memory 16
+// deep.
 //
-// Shared memory in float32 (P 49, C 256, D 64): forward 61.3 KB of workspace and 8.5 KB of staging,
-// backward 74.0 + 8.5 KB: three and two blocks on an SM of 228 KB, one on an SM of 100 KB.
-// Registers: 80 (forward), 128 (backward), no spills. 3.2 (forward) and 9.6 (backward) MFLOP a RoI are
-// padded to 64 rows; with half of the FMA peak of 67 TFLOP/s, 300 RoIs take 38 and 115 us.
+// Budget in float32 for P 49, C 256, D 64, two blocks on a multiprocessor of 228 KB, one on one of
+// 100 KB: shared memory 69.8 KB (forward) and 82.4 KB (backward), of which 8.5 KB for staging;
+// registers 128 at most, no spills.
+//
+// Predicted for an H200, not measured: 3.2 (forward) and 9.6 (backward) MFLOP a RoI, padded from 49
+// to 64 rows, at half of the FMA peak of 67 TFLOP/s: 38 and 115 us for 300 RoIs.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +48,8 @@ struct SimtPiece {
 
   // element(side, depth), zero outside of sides x depths.
   template <class Element>
-  __device__ __forceinline__ void load(Element element, int side, int sides, int depth, int depths) {
+  __device__ __forceinline__ void load(Element element, int side, int sides, int depth,
+                                       int depths) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int s = side + side_of(i), d = depth + depth_of(i);
@@ -134,9 +138,8 @@ __device__ __forceinline__ void simt_normalise(A* values, A* rstd, int rows, int
   for_each_warp_row(rows, [&](int p) {
     A* const row = values + int64_t{p} * columns;
     const A mean = sum_columns<A>(columns, [&](int c) { return row[c]; }) / columns;
-    const A variance = sum_columns<A>(columns, [&](int c) {
-                         return (row[c] - mean) * (row[c] - mean);
-                       }) / columns;
+    const A variance =
+        sum_columns<A>(columns, [&](int c) { return (row[c] - mean) * (row[c] - mean); }) / columns;
     const A scale = inverse_sqrt(variance + eps);
     for_each_lane_column(columns, [&](int c) { row[c] = (row[c] - mean) * scale; });
     if (rstd != nullptr && threadIdx.x % kWarp == 0) rstd[p] = scale;
@@ -167,10 +170,10 @@ __device__ __forceinline__ void simt_norm_backward(const A* normal, const A* rst
   __syncthreads();
   for_each_warp_row(rows, [&](int p) {
     const A* const row = normal + int64_t{p} * columns;
-    const A mean = sum_columns<A>(columns, [&](int c) { return passed(p, c) * weight[c]; }) / columns;
-    const A slope = sum_columns<A>(columns, [&](int c) {
-                      return passed(p, c) * weight[c] * row[c];
-                    }) / columns;
+    const A mean =
+        sum_columns<A>(columns, [&](int c) { return passed(p, c) * weight[c]; }) / columns;
+    const A slope =
+        sum_columns<A>(columns, [&](int c) { return passed(p, c) * weight[c] * row[c]; }) / columns;
     for_each_lane_column(columns, [&](int c) {
       const A g = passed(p, c) * weight[c];
       result[int64_t{p} * columns + c] = rstd[p] * (g - mean - row[c] * slope);
@@ -209,7 +212,8 @@ struct SimtLaunch {
   dim3 grid;
   size_t shared_bytes = kSimtStaging * sizeof(A);
 
-  SimtLaunch(const DynamicConvInputs& inputs, int64_t elements) : grid(one_block_a_roi(inputs.rois)) {
+  SimtLaunch(const DynamicConvInputs& inputs, int64_t elements)
+      : grid(one_block_a_roi(inputs.rois)) {
     if (shared_bytes + elements * sizeof(A) <= kSharedLimit) {
       shared_bytes += elements * sizeof(A);
       return;
@@ -221,9 +225,9 @@ struct SimtLaunch {
   }
 };
 
-// The RoI features of one RoI come from a source: `fetch` gives where they are, which may be `place`
-// of [P, C] elements; all threads of the block call it, and what is in `place` lasts until the
-// place is used otherwise. `grad_place` gives where dx is to go, `backward` disposes of it.
+// The RoI features of one RoI come from a source: `fetch` gives where they are, which may be
+// `place` of [P, C] elements; all threads of the block call it, and what is in `place` lasts until
+// the place is used otherwise. `grad_place` gives where dx is to go, `backward` disposes of it.
 template <class T>
 struct SimtStoredRois {
   const T* data;
@@ -251,8 +255,7 @@ struct SimtRoi {
   A *normal2, *normal1;  // normalised values of the LayerNorms, [P, C] and [P, D]
   A* staging;
 
-  __device__ SimtRoi(const DynamicConvArgs<T>& args, int64_t roi,
-                     const SimtWorkspace<A>& workspace)
+  __device__ SimtRoi(const DynamicConvArgs<T>& args, int64_t roi, const SimtWorkspace<A>& workspace)
       : index(roi),
         P(args.bins),
         C(args.channels),
@@ -380,8 +383,7 @@ __global__ void __launch_bounds__(kSimtThreads, 2)
     const SimtRoi<T> roi(args, r, workspace);
     T* const grad_w1 = grads.grad_parameters + r * 2 * roi.C * roi.D;
     simt_backward<T>(args, rois, roi, grads.grad + r * roi.size(), grad_w1,
-                     grad_w1 + int64_t{roi.C} * roi.D,
-                     grads.grad_norms + r * 2 * (roi.D + roi.C));
+                     grad_w1 + int64_t{roi.C} * roi.D, grads.grad_norms + r * 2 * (roi.D + roi.C));
     __syncthreads();
   }
 }

@@ -21,9 +21,7 @@ struct Tile {
   int pitch;
   int last_row;  // is read in place of the rows beyond it
 
-  __device__ T* at(int row, int column) const {
-    return data + min(row, last_row) * pitch + column;
-  }
+  __device__ T* at(int row, int column) const { return data + min(row, last_row) * pitch + column; }
 };
 
 inline constexpr int kAllRows = 1 << 30;  // a last_row that stands for no other
@@ -43,8 +41,7 @@ __device__ __forceinline__ void copy_tile_async(const Tile<T>& tile, const T* so
   int piece = static_cast<int>(threadIdx.x) % pieces;
   while (row < last) {
     const int column = begin + 8 * piece;
-    cp_async_16(tile.data + row * tile.pitch + column, source + row * pitch + column,
-                true);
+    cp_async_16(tile.data + row * tile.pitch + column, source + row * pitch + column, true);
     row += row_step;
     piece += piece_step;
     if (piece_step > 0 && piece >= pieces) {
@@ -119,7 +116,8 @@ struct WarpTile {
   // The thread's row i, counted from the warp's first.
   __device__ static int row(int i) { return 8 * i + static_cast<int>(threadIdx.x) % kWarp / 4; }
 
-  // visit(value, i, j, n, c) for every value: of the thread's row i and column columns.of(j, n) + c.
+  // visit(value, i, j, n, c) for every value: of the thread's row i and column columns.of(j, n) +
+  // c.
   template <class Visit>
   __device__ __forceinline__ void for_each(const WarpColumns& columns, Visit visit) {
 #pragma unroll
@@ -184,10 +182,10 @@ struct WarpTile {
   }
 };
 
-// Sums over rows that several warps share, by way of `buffer` in shared memory (rows * Slots a sum).
-// All threads of the block take part; `sums[i]`, over the thread's own columns, belongs to row
-// rows[i] and to the warp's `slot` among the Slots warps of that row. Every thread leaves with the
-// whole sums of its rows. One barrier: between two uses of a buffer there must be another one.
+// Sums over rows that several warps share, by way of `buffer` in shared memory (rows * Slots a
+// sum). All threads of the block take part; `sums[i]`, over the thread's own columns, belongs to
+// row rows[i] and to the warp's `slot` among the Slots warps of that row. Every thread leaves with
+// the whole sums of its rows. One barrier: between two uses of a buffer there must be another one.
 template <int Slots, int Count>
 __device__ __forceinline__ void sum_rows(float (&sums)[Count], const int (&rows)[Count], int slot,
                                          float* buffer) {

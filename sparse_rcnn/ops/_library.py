@@ -78,7 +78,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``auto`` (native where there is a kernel, else Triton on GPUs, else the reference; the default),
-            ``native``, ``triton`` or ``reference``. The environment variable ``SPARSE_RCNN_BACKEND`` sets what holds outside of any block.
+            ``native``, ``triton`` or ``reference``. The environment variable ``SPARSE_RCNN_BACKEND`` sets what holds
+            outside of any block.
 
     Raises:
         ValueError: an unknown name.

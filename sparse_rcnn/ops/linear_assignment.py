@@ -43,7 +43,9 @@ def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     native = _library.kernels("linear_assignment", cost.device)
     if native is None:
         return linear_assignment_reference(cost, counts)
-    problems = cost.detach().reshape(math.prod(batch), *cost.shape[-2:]).to(torch.promote_types(cost.dtype, torch.float32))
+    problems = (
+        cost.detach().reshape(math.prod(batch), *cost.shape[-2:]).to(torch.promote_types(cost.dtype, torch.float32))
+    )
     sizes = counts.expand(batch).reshape(-1)
     try:
         return native.linear_assignment(problems, sizes).view(*batch, cost.shape[-1])

@@ -7,11 +7,16 @@ operators' backward kernels add to instead.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# From this size on a CPU buffer is of huge pages where the system has them: of ordinary ones, the 91 MB of an
+# 800x1333 image take longer to fault in (some 25 ms) than everything else in the backward of RoIAlign.
+HUGE_PAGES_FROM = 32 * 2**20
 
 
 class SharedFeatures(tuple[Tensor, ...]):
@@ -66,6 +71,13 @@ def new_grad_cells(features: Sequence[Tensor]) -> Tensor:
     B, C = features[0].shape[:2]
     cells = sum(feature.shape[2] * feature.shape[3] for feature in features)
     dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    size = B * cells * C * dtype.itemsize
+    # Not the tensors that stand for others while a graph is traced.
+    real = type(features[0]) is Tensor and features[0].device.type == "cpu"
+    if real and size >= HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # zeros; the tensor keeps it
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=dtype).view(B * cells, C)
     return torch.zeros(B * cells, C, dtype=dtype, device=features[0].device)
 
 

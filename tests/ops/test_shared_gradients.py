@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from sparse_rcnn import ops
-from sparse_rcnn.ops.shared_gradients import SharedFeatures, new_grad_cells, split_grad_cells
+from sparse_rcnn.ops.shared_gradients import HUGE_PAGES_FROM, SharedFeatures, new_grad_cells, split_grad_cells
 
 STRIDES = (8, 16)
 BOXES = torch.tensor([[[4.0, 4, 60, 70], [10, 0, 120, 127], [30, 30, 40, 50]]])
@@ -74,3 +76,15 @@ def test_the_buffer_is_the_maps_gradient_without_a_copy() -> None:
         assert grad.untyped_storage().data_ptr() == cells.untyped_storage().data_ptr()
     grad = split_grad_cells(cells, features)[1]
     assert grad[1, 2, 1, 0] == cells[40 + 6 + 3, 2]
+
+
+def test_a_large_buffer_is_zeros_that_outlive_their_maker() -> None:
+    features = [torch.empty(1, 256, 200, 200)]
+    assert HUGE_PAGES_FROM <= 256 * 200 * 200 * 4
+    cells = new_grad_cells(features)
+    assert cells.dtype == torch.float32
+    assert not cells.any()
+    grad = split_grad_cells(cells.add_(1), features)[0]
+    del cells
+    gc.collect()
+    assert torch.equal(grad, torch.ones(1, 256, 200, 200))
