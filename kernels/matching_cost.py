@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from sparse_rcnn.kernels.box_math import generalized_iou, power
 from torch import Tensor
+
+from sparse_rcnn.kernels.box_math import generalized_iou, power
 
 BLOCK_N, BLOCK_M, BLOCK_K = 32, 16, 64
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from sparse_rcnn.kernels.box_math import box_area
 from torch import Tensor
+
+from sparse_rcnn.kernels.box_math import box_area
 
 BLOCK = 64
 

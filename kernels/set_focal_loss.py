@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from sparse_rcnn.kernels.box_math import power
 from torch import Tensor
+
+from sparse_rcnn.kernels.box_math import power
 
 BLOCK = 1024
 

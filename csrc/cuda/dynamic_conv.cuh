@@ -1,7 +1,6 @@
-// The dynamic interaction on the GPU: what its kernels, in dynamic_conv_forward.cuh,
-// dynamic_conv_backward.cuh (tensor cores) and dynamic_conv_simt.cuh (any size and type), and the
-// operators dynamic_conv and roi_dynamic_conv share: arguments, their checks, who takes which
-// sizes.
+// The dynamic interaction on the GPU: what dynamic_conv and roi_dynamic_conv share. The kernels are
+// in dynamic_conv_forward.cuh and dynamic_conv_backward.cuh (tensor cores) and in
+// dynamic_conv_simt.cuh (any size and type).
 //
 //   hidden = relu(norm1(x W1)),  out = relu(norm2(hidden W2)),  x [P, C], W1 [C, D], W2 [D, C]
 #pragma once

@@ -3,13 +3,12 @@
 // float16 where the sizes do not suit the tensor-core kernels.
 //
 // A block takes one RoI after another. Intermediates are kept in the accumulation type in a
-// workspace: dynamic shared memory if it fits, else a slot of global memory for each block.
-// Products go in 64 x 64 pieces, 4 x 4 sums a thread, their operands staged in shared memory 16
-// deep.
+// workspace: dynamic shared memory if it fits, else a slot of global memory for each block. Results
+// of products go in 64 x 64 pieces, 4 x 4 a thread, operands by way of shared memory in 64 x 16.
 //
 // Budget in float32 for P 49, C 256, D 64, two blocks on a multiprocessor of 228 KB, one on one of
 // 100 KB: shared memory 69.8 KB (forward) and 82.4 KB (backward), of which 8.5 KB for staging;
-// registers 128 at most, no spills.
+// registers 128 at most, no spills. float64 has one block and up to 218 registers.
 //
 // Predicted for an H200, not measured: 3.2 (forward) and 9.6 (backward) MFLOP a RoI, padded from 49
 // to 64 rows, at half of the FMA peak of 67 TFLOP/s: 38 and 115 us for 300 RoIs.
@@ -26,6 +25,8 @@ inline constexpr int kSimtSide = 64;   // of a piece of the result
 inline constexpr int kSimtDepth = 16;  // staged at a time
 inline constexpr int kSimtPitch = kSimtSide + 4;
 inline constexpr int kSimtStaging = 2 * kSimtDepth * kSimtPitch;  // elements
+template <class T>
+inline constexpr int kSimtBlocks = std::is_same_v<T, double> ? 1 : 2;  // a multiprocessor
 
 // Which index of an operand runs along memory: threads read along it.
 enum class Along { depth, side };
@@ -308,7 +309,7 @@ __device__ __forceinline__ void simt_forward(const DynamicConvArgs<T>& args, con
 }
 
 template <class T, class Rois>
-__global__ void __launch_bounds__(kSimtThreads, 2)
+__global__ void __launch_bounds__(kSimtThreads, kSimtBlocks<T>)
     dynamic_conv_forward_simt_kernel(const DynamicConvArgs<T> args,
                                      const __grid_constant__ Rois rois, T* out,
                                      const SimtWorkspace<acc_t<T>> workspace) {
@@ -374,7 +375,7 @@ __device__ __forceinline__ void simt_backward(const DynamicConvArgs<T>& args, co
 }
 
 template <class T, class Rois>
-__global__ void __launch_bounds__(kSimtThreads, 2)
+__global__ void __launch_bounds__(kSimtThreads, kSimtBlocks<T>)
     dynamic_conv_backward_simt_kernel(const DynamicConvArgs<T> args,
                                       const __grid_constant__ Rois rois,
                                       const DynamicConvGrads<T> grads,

@@ -85,8 +85,8 @@ struct PooledRois {
   }
 };
 
-// The source of x for the SIMT kernels in float32: pooled into the workspace, twice in the
-// backward.
+// The source of x for the SIMT kernels in float32: pooled into the workspace, in the backward
+// for each of its two uses.
 struct SimtPooledRois {
   RoiAlignArgs align;
   RoiGrad<float> grad;

@@ -116,8 +116,7 @@ struct WarpTile {
   // The thread's row i, counted from the warp's first.
   __device__ static int row(int i) { return 8 * i + static_cast<int>(threadIdx.x) % kWarp / 4; }
 
-  // visit(value, i, j, n, c) for every value: of the thread's row i and column columns.of(j, n) +
-  // c.
+  // visit(value, i, j, n, c) for every value, which is of row(i) and column columns.of(j, n) + c.
   template <class Visit>
   __device__ __forceinline__ void for_each(const WarpColumns& columns, Visit visit) {
 #pragma unroll
