@@ -9,7 +9,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*.txt csrc/common/* csrc/cpu/* csrc/cuda/*)
 SANITIZED := build/sanitize
 
-.PHONY: demo test test-compat test-sanitize bench lint clean
+.PHONY: demo test test-cuda-build test-compat test-sanitize bench lint clean
 
 demo: $(STAMP)
 	rm -rf demo-output
@@ -20,6 +20,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Every CUDA source for every architecture: minutes of compiling, so apart from the tests.
+test-cuda-build: $(STAMP)
+	$(BIN)/python -m pytest tests/packaging/test_cuda_compile.py --cuda-build
 
 # The wheel of the newest torch, on the oldest torch that the package allows.
 test-compat: $(STAMP)
@@ -48,7 +52,7 @@ test-sanitize: $(STAMP)
 	SPARSE_RCNN_LIBRARIES=$(abspath $(SANITIZED)-races) $(BIN)/python -m pytest tests/ops tests/emulator -k 'emulat or cuda'
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --readme
+	$(BIN)/python -m benchmarks --quick --json benchmarks/results/cpu.json --readme
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuda-build", action="store_true", help="compile the CUDA sources for every architecture")
+
+
 def build_with_cmake(folder: str, target: str, *options: str) -> Path:
     """Build one target of CMakeLists.txt under build/, incrementally; the folder it was built in."""
     build = ROOT / "build" / folder

@@ -50,7 +50,11 @@ def _compile(source: str, output: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA toolkit (nvcc) on this machine")
 @pytest.mark.parametrize("source", CUDA_SOURCES)
-def test_kernels_compile_without_spills_and_within_their_budgets(source: str, tmp_path: Path) -> None:
+def test_kernels_compile_without_spills_and_within_their_budgets(
+    source: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--cuda-build"):
+        pytest.skip("takes minutes: make test-cuda-build")
     budgets = _budgets()
     architectures: dict[str, set[str]] = {}
     for mangled, architecture, stack, stores, loads, registers, static_shared in _entries(source, tmp_path):
