@@ -10,6 +10,10 @@
 //   forward by warp    48 / 80 / 136       none                    128, for per_lane = 8 / 16 / 32
 //   backward by warp   80 / 128 / 240      8 * C bytes             256
 //   by block           64                  256 B                   32 to 256
+// budget: add_layer_norm_forward_by_warp_kernel: 136 registers, 0 bytes shared, 128 threads
+// budget: add_layer_norm_backward_by_warp_kernel: 240 registers, 8192 bytes shared, 256 threads
+// budget: add_layer_norm_forward_by_block_kernel: 64 registers, 256 bytes shared, 256 threads
+// budget: add_layer_norm_backward_by_block_kernel: 64 registers, 256 bytes shared, 256 threads
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
