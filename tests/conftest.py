@@ -10,6 +10,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+# Before anything imports triton, whose functions become interpreted ones when they are defined. With a GPU they are
+# compiled, and tests/gpu runs them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 
