@@ -40,8 +40,8 @@ def matching_cost(
     grid = (S * B, triton.cdiv(N, BLOCK_N), triton.cdiv(M, BLOCK_M))
     _matching_cost_kernel[grid](
         *(logits.contiguous(), boxes.contiguous(), target_labels.contiguous(), target_boxes.contiguous()),
-        *(target_counts.contiguous(), image_sizes.contiguous(), cost, B, N, K, M),
-        CLASS_WEIGHT=float(weights[0]), L1_WEIGHT=float(weights[1]), GIOU_WEIGHT=float(weights[2]),
+        *(target_counts.contiguous(), image_sizes.contiguous(), cost, B, N, M),
+        K=K, CLASS_WEIGHT=float(weights[0]), L1_WEIGHT=float(weights[1]), GIOU_WEIGHT=float(weights[2]),
         ALPHA=float(alpha), GAMMA=float(gamma), FOCAL=classification == "focal",
         NON_FINITE_COST=non_finite_cost, TINY=torch.finfo(boxes.dtype).tiny,
         BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
@@ -60,8 +60,8 @@ def _matching_cost_kernel(
     cost,  # [S, B, N, M]
     B,
     N,
-    K,
     M,
+    K: tl.constexpr,
     CLASS_WEIGHT: tl.constexpr,
     L1_WEIGHT: tl.constexpr,
     GIOU_WEIGHT: tl.constexpr,

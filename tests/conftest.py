@@ -41,6 +41,8 @@ def emulator() -> ModuleType:
     """The CUDA kernels built for the CPU: their controls, and the operators as the backend ``emulated``."""
     from sparse_rcnn.ops import _library
 
+    if not (ROOT / "CMakeLists.txt").exists():
+        pytest.skip("an installed package has no sources to build")
     name = "_emulator"
     # A sanitizer build has its emulated kernels beside its other libraries.
     sanitized = os.environ.get("SPARSE_RCNN_LIBRARIES")
