@@ -33,7 +33,7 @@ test-compat: $(STAMP)
 	$(COMPAT)/bin/python $(PIP) 'torch==2.11.*' 'torchvision==0.26.*' pytest hypothesis
 	$(COMPAT)/bin/python $(PIP) build/compat/*.whl
 	# From another folder: the checkout must not stand in for the installed wheel.
-	mkdir -p build/compat/tests && cp -r tests/ops tests/conftest.py build/compat/tests/
+	mkdir -p build/compat/tests && cp -r tests/ops tests/conftest.py build/compat/tests/ && cp -r benchmarks build/compat/
 	cd build/compat && ../../$(COMPAT)/bin/python -m pytest -c /dev/null --rootdir . --import-mode=importlib \
 		-q tests/ops -k 'not emulated'
 
