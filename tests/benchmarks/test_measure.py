@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -75,7 +77,7 @@ def test_peak_memory_counts_what_is_freed_before_the_end(megabytes):
         return result + scratch[0]
 
     peak = peak_memory(call, CPU)
-    if peak is None:
+    if peak is None and sys.platform != "linux":  # which always tells it
         pytest.skip("the system does not tell the peak of resident memory")
     assert 2 * size - 2**18 <= peak <= 2 * size + 2**18
 
@@ -83,7 +85,7 @@ def test_peak_memory_counts_what_is_freed_before_the_end(megabytes):
 def test_peak_memory_does_not_count_what_was_held_before():
     held = torch.ones(10 * 2**20)
     peak = peak_memory(lambda: held[:100].sum(), CPU)
-    if peak is None:
+    if peak is None and sys.platform != "linux":  # which always tells it
         pytest.skip("the system does not tell the peak of resident memory")
     assert peak < 2**18
 

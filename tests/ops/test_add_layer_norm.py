@@ -225,16 +225,14 @@ def test_repeats_are_equal_in_every_bit(backend, shape):
 
 
 @pytest.mark.parametrize("shape", [(20, 256), (20, 30)], ids=str)  # by warp, by block
-def test_every_order_of_threads_gives_the_same(backend, request, shape):
-    if backend.name != "emulated":
-        pytest.skip("threads run in an order of their own only in the emulator")
-    emulator = request.getfixturevalue("emulator")
-    inputs, grad, runs = make(shape), torch.randn(shape), []
-    for seed in range(5):
-        emulator.set_seed(seed)
-        runs.append(gradients(ops.add_layer_norm, inputs, grad))
-    for run in runs[1:]:
-        assert all(torch.equal(value, run[name]) for name, value in runs[0].items())
+def test_every_order_of_threads_gives_the_same(emulator, shape):
+    with ops.backend("emulated"):
+        inputs, grad, runs = make(shape), torch.randn(shape), []
+        for seed in range(5):
+            emulator.set_seed(seed)
+            runs.append(gradients(ops.add_layer_norm, inputs, grad))
+        for run in runs[1:]:
+            assert all(torch.equal(value, run[name]) for name, value in runs[0].items())
 
 
 def test_views(backend):

@@ -136,16 +136,14 @@ def test_repeats_are_equal_in_every_bit(backend):
         assert all(torch.equal(first, other) for first, other in zip(runs[0], run, strict=True))
 
 
-def test_every_order_of_threads_gives_the_same(backend, request):
-    if backend.name != "emulated":
-        pytest.skip("threads run in an order of their own only in the emulator")
-    emulator = request.getfixturevalue("emulator")
-    deltas, boxes = make((300,))
-    runs = []
-    for seed in range(5):
-        emulator.set_seed(seed)
-        runs.append(ops.apply_deltas(deltas, boxes))
-    assert all(torch.equal(runs[0], run) for run in runs[1:])
+def test_every_order_of_threads_gives_the_same(emulator):
+    with ops.backend("emulated"):
+        deltas, boxes = make((300,))
+        runs = []
+        for seed in range(5):
+            emulator.set_seed(seed)
+            runs.append(ops.apply_deltas(deltas, boxes))
+        assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
 def test_views(backend):
