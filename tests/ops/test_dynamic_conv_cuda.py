@@ -69,14 +69,14 @@ def make_roi(B, N, C, D, dtype, size=7, box_dtype=torch.float32):
     return [features, boxes, *parameters, STRIDES, size, 2, "detectron2"], grad.view(B, N, size**2, C)
 
 
-def run_conv(native, arguments, grad):
-    return native.dynamic_conv(*arguments, 1e-5), *native.dynamic_conv_backward(grad, *arguments, 1e-5)
+def run_conv(native, arguments, grad, tf32=False):
+    return native.dynamic_conv(*arguments, 1e-5, tf32), *native.dynamic_conv_backward(grad, *arguments, 1e-5, tf32)
 
 
-def run_roi(native, arguments, grad, deterministic):
+def run_roi(native, arguments, grad, deterministic, tf32=False):
     cells = new_grad_cells(arguments[0])
-    out = native.roi_dynamic_conv(*arguments, 1e-5)
-    grads = native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, deterministic, cells)
+    out = native.roi_dynamic_conv(*arguments, 1e-5, tf32)
+    grads = native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, tf32, deterministic, cells)
     return out, *grads, cells
 
 
