@@ -149,8 +149,8 @@ __device__ __forceinline__ void backward_to_dy(const BackwardBlock<T>& block,
     normalise<WidePlace::kSlots>(y, place.columns, block.buffers, place.rows, place.slot, C,
                                  block.args.eps, rstd);
     norm_backward<WidePlace::kSlots>(
-        y, place.columns, block.norm2_weight(), block.norm2_bias(), block.buffers.gradient,
-        place.rows, place.slot, C, rstd, norm_grad, [&](int i, int j, int n) {
+        y, place.columns, block.norm2, block.norm2 + C, block.buffers.gradient, place.rows, place.slot,
+        C, rstd, norm_grad, [&](int i, int j, int n) {
           return block.grad_at(row + place.rows[i], place.columns.of(j, n));
         });
     __syncwarp();  // lanes store what their neighbours have just read
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 2 : 1)
   float rstd[2];
   normalise<NarrowPlace::kSlots>(h, place.columns, block.buffers, place.rows, place.slot, D,
                                  args.eps, rstd);
-  block.start_w2();  // the barriers of normalise() have shown that W1 is used up
+  block.after_w1();  // the barriers of normalise() have shown that it is used up
   {
     WarpTile<1> hidden = h;
     activate(hidden, place.columns, args.norm1_weight, args.norm1_bias);

@@ -1,8 +1,7 @@
 // What a block of the backward has of its RoI in shared memory, and the products with W1 and W2.
 //
-// In 16 bits x, grad and a whole W1 or W2 are there at once. In TF32 everything is twice as large:
-// x, dy and dx take turns, grad is read where it is, and weights come in pieces, three times; x is
-// fetched, or pooled, a second time.
+// In 16 bits x, grad and a whole W1 or W2 are there at once. In TF32 everything is twice as large: x
+// and grad take turns, so that x is fetched, or pooled, a second time, and weights come in pieces.
 //
 // Each tile has a row of zeros after its P rows, which stands for the rows up to the next multiple
 // of an mma's depth where P is the depth of a product.
@@ -36,14 +35,15 @@ inline constexpr int kPieceOfW1 = 32, kRowsOfW2 = 8, kColumnsOfW2 = 32;
 
 template <>
 struct BackwardPlan<float> {
-  size_t hidden, sums, pieces, end;  // x, dy and dx are at 0
+  size_t hidden, sums, norm2, pieces, end;  // x, dy and dx are at 0
 
   // `scratch` bytes can be used in the place of the pieces.
   __host__ __device__ BackwardPlan(int bins, int channels, int inner, size_t scratch) {
     hidden = tile_bytes<float>(bins + 1, channels);
     // Beyond the last row as above, which may be a shifted one.
     sums = hidden + tile_bytes<float>(bins + 1, inner) + 12 * sizeof(float);
-    pieces = sums + NormSums::kBackward * sizeof(float);
+    norm2 = sums + NormSums::kBackward * sizeof(float);
+    pieces = norm2 + 2 * channels * sizeof(float);
     end = pieces + larger(2 * piece_bytes(channels, inner), scratch);
   }
 
@@ -61,11 +61,13 @@ struct BackwardTiles {
   int P, C, D;
   int64_t roi;
   const T *w1_source, *w2_source;
-  Tile<T> x, dy, hidden;  // dx goes to dy's place, dh to hidden's
+  const T* grad_source;
+  Tile<T> x, dy, hidden;  // dy takes the place of grad, then dx that of dy; dh that of hidden
+  float* norm2;           // weight and bias
   float* norm1_parts;     // [4, 2 D], between dy and dx
   NormSums buffers;
 
-  __device__ BackwardTiles(const DynamicConvArgs<T>& args_, int channels, int inner)
+  __device__ BackwardTiles(const DynamicConvArgs<T>& args_, const T* grad, int channels, int inner)
       : args(args_),
         P(args_.bins),
         C(channels),
@@ -73,7 +75,17 @@ struct BackwardTiles {
         roi(blockIdx.x),
         w1_source(args_.parameters + roi * 2 * C * D),
         w2_source(w1_source + C * D),
+        grad_source(grad + roi * P * C),
         buffers(nullptr) {}
+
+  __device__ void copy_grad() const {
+    copy_tile_async(dy, grad_source, C, 0, P, 0, C);
+    cp_async_commit();
+  }
+  __device__ Vec<float, 2> grad_at(int row, int column) const {
+    const Vec<T, 2> pair = load_vec<2>(dy.at(row, column));
+    return {{to_acc(pair[0]), to_acc(pair[1])}};
+  }
 
   __device__ void clear_last_rows() const {
     for (int i = threadIdx.x; i < larger(C, D); i += kTileThreads) {
@@ -88,19 +100,17 @@ struct BackwardTiles {
   }
 };
 
-// 16 bits: W1, W2 and again W1 come whole, each while the one before is not used any more; dy takes
-// the place of grad.
+// 16 bits: W1, W2 and again W1 come whole, each as soon as the one before is used up.
 template <class T>
 struct BackwardBlock : BackwardTiles<T> {
   using Tiles = BackwardTiles<T>;
   using Tiles::args, Tiles::P, Tiles::C, Tiles::D, Tiles::roi, Tiles::x, Tiles::dy, Tiles::hidden;
 
-  const T* grad_source;
   Tile<T> w1, w2;
 
   __device__ BackwardBlock(const DynamicConvArgs<T>& args_, const T* grad, int channels, int inner,
                            size_t scratch_bytes, char* shared)
-      : Tiles(args_, channels, inner), grad_source(grad + roi * P * C) {
+      : Tiles(args_, grad, channels, inner) {
     const BackwardPlan<T> plan(P, C, D, scratch_bytes);
     const int wide = tile_pitch(C), narrow = tile_pitch(D);
     x = {reinterpret_cast<T*>(shared + plan.x), wide, P};
@@ -108,6 +118,7 @@ struct BackwardBlock : BackwardTiles<T> {
     hidden = {reinterpret_cast<T*>(shared + plan.hidden), narrow, P};
     w1 = {reinterpret_cast<T*>(shared), narrow, kAllRows};
     w2 = {reinterpret_cast<T*>(shared), wide, kAllRows};
+    this->norm2 = norm2_place(w2, D);
     this->norm1_parts = reinterpret_cast<float*>(dy.data);
     this->buffers = NormSums(shared + plan.sums);
   }
@@ -117,8 +128,7 @@ struct BackwardBlock : BackwardTiles<T> {
     rois.start(x, roi, P, C, 0, C);
     copy_w1();
     rois.finish(x, roi, reinterpret_cast<char*>(dy.data));
-    copy_tile_async(dy, grad_source, C, 0, P, 0, C);
-    cp_async_commit();
+    this->copy_grad();
   }
   template <class Rois>
   __device__ void fetch_again(const Rois& rois) const {
@@ -128,18 +138,12 @@ struct BackwardBlock : BackwardTiles<T> {
     copy_tile_async(w1, this->w1_source, D, 0, C, 0, D);
     cp_async_commit();
   }
-  __device__ void start_w2() const {
+  __device__ void after_w1() const {
     copy_tile_async(w2, this->w2_source, C, 0, D, 0, C);
-    copy_norm2_async(args, C, norm2_place(w2, D));
+    copy_norm2_async(args, C, this->norm2);
     cp_async_commit();
   }
 
-  __device__ const float* norm2_weight() const { return norm2_place(w2, D); }
-  __device__ const float* norm2_bias() const { return norm2_place(w2, D) + C; }
-  __device__ Vec<float, 2> grad_at(int row, int column) const {
-    const Vec<T, 2> pair = load_vec<2>(dy.at(row, column));
-    return {{to_acc(pair[0]), to_acc(pair[1])}};
-  }
   __device__ char* scratch() const { return reinterpret_cast<char*>(x.data); }  // beside dx
 
   // += x W1, once x and W1 are there
@@ -175,16 +179,16 @@ struct BackwardBlock : BackwardTiles<T> {
 // TF32
 template <>
 struct BackwardBlock<float> : BackwardTiles<float> {
-  const float* grad_source;
   float *piece, *other_piece;
 
   __device__ BackwardBlock(const DynamicConvArgs<float>& args_, const float* grad, int channels,
                            int inner, size_t scratch_bytes, char* shared)
-      : BackwardTiles<float>(args_, channels, inner), grad_source(grad + roi * P * C) {
+      : BackwardTiles<float>(args_, grad, channels, inner) {
     const BackwardPlan<float> plan(P, C, D, scratch_bytes);
     x = dy = {reinterpret_cast<float*>(shared), tile_pitch(C), P};
     hidden = {reinterpret_cast<float*>(shared + plan.hidden), tile_pitch(D), P};
     buffers = NormSums(shared + plan.sums);
+    norm2 = reinterpret_cast<float*>(shared + plan.norm2);
     norm1_parts = buffers.mean;  // and the variances' place
     piece = reinterpret_cast<float*>(shared + plan.pieces);
     other_piece = piece + plan.piece_bytes(C, D) / sizeof(float);
@@ -201,14 +205,11 @@ struct BackwardBlock<float> : BackwardTiles<float> {
     fetch(rois);
     cp_async_wait<0>();
   }
-  __device__ void start_w2() const {}
-
-  __device__ const float* norm2_weight() const { return args.norm2_weight; }
-  __device__ const float* norm2_bias() const { return args.norm2_bias; }
-  __device__ Vec<float, 2> grad_at(int row, int column) const {
-    if (row >= P) return {{0, 0}};
-    return load_vec_const<2>(grad_source + row * C + column);
+  __device__ void after_w1() const {
+    copy_norm2_async(args, C, norm2);
+    copy_grad();
   }
+
   __device__ char* scratch() const { return reinterpret_cast<char*>(piece); }
 
   __device__ __forceinline__ void multiply_by_w1(WarpTile<1>& h, const NarrowPlace& place) const {
