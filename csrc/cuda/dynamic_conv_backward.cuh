@@ -195,31 +195,33 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 2 : 1)
   const int D = kInner ? kInner : args.inner;
   BackwardBlock<T> block(args, grads.grad, C, D, rois.scratch_bytes(), dynamic_shared<char>());
   const int64_t roi = block.roi;
-  T* const grad_w1 = grads.grad_parameters + roi * 2 * C * D;
-  float* const norm1_grad = grads.grad_norms + roi * 2 * (D + C);
 
   block.fetch(rois);
   block.clear_last_rows();
-  const NarrowPlace place(D);
   WarpTile<1> h;
-  block.multiply_by_w1(h, place);
   float rstd[2];
-  normalise<NarrowPlace::kSlots>(h, place.columns, block.buffers, place.rows, place.slot, D,
-                                 args.eps, rstd);
-  block.after_w1();  // the barriers of normalise() have shown that it is used up
   {
+    const NarrowPlace place(D);
+    block.multiply_by_w1(h, place);
+    normalise<NarrowPlace::kSlots>(h, place.columns, block.buffers, place.rows, place.slot, D,
+                                   args.eps, rstd);
+    block.after_w1();  // the barriers of normalise() have shown that it is used up
     WarpTile<1> hidden = h;
     activate(hidden, place.columns, args.norm1_weight, args.norm1_bias);
     hidden.store(block.hidden, place.row, P, place.columns);
+    block.park(h);
   }
   cp_async_wait<0>();
   __syncthreads();
 
-  backward_to_dy(block, norm1_grad + 2 * D);
+  backward_to_dy(block, grads.grad_norms + roi * 2 * (D + C) + 2 * D);
   __syncthreads();
+  T* const grad_w1 = grads.grad_parameters + roi * 2 * C * D;
   backward_w2(block, grad_w1 + int64_t{C} * D);
+  const NarrowPlace place(D);  // anew: it would take registers in the meantime
   WarpTile<1> dhidden;
   block.multiply_by_w2_transposed(dhidden, place);
+  block.fetch_parked(h);
   float norm_grad[2] = {};
   norm_backward<NarrowPlace::kSlots>(h, place.columns, args.norm1_weight, args.norm1_bias,
                                      block.buffers.gradient, place.rows, place.slot, D, rstd,
@@ -228,12 +230,13 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 2 : 1)
                                        return Vec<float, 2>{{value[2 * i], value[2 * i + 1]}};
                                      });
   // Its barrier has shown that W2, hidden and dy are used up.
-  block.fetch_again(rois);
   h.store(block.hidden, place.row, P, place.columns);
   float* const part = block.norm1_parts + place.row / 16 * 2 * D;
   NormGrads::store(norm_grad, part, part + D, place.columns);
+  block.fetch_again(rois);
   __syncthreads();
 
+  float* const norm1_grad = grads.grad_norms + roi * 2 * (D + C);
   for (int i = threadIdx.x; i < 2 * D; i += kTileThreads) {
     float sum = 0;
     for (int part = 0; part < 4; ++part) sum += block.norm1_parts[part * 2 * D + i];

@@ -35,19 +35,22 @@ inline constexpr int kPieceOfW1 = 32, kRowsOfW2 = 8, kColumnsOfW2 = 32;
 
 template <>
 struct BackwardPlan<float> {
-  size_t hidden, sums, norm2, pieces, end;  // x, dy and dx are at 0
+  size_t norm2, parked, pieces, x, hidden, scratch, end;  // sums are at 0
 
-  // `scratch` bytes can be used in the place of the pieces.
-  __host__ __device__ BackwardPlan(int bins, int channels, int inner, size_t scratch) {
-    hidden = tile_bytes<float>(bins + 1, channels);
+  // What depends on the bins comes last: other places are constants where the sizes are, which saves
+  // registers.
+  __host__ __device__ BackwardPlan(int bins, int channels, int inner, size_t scratch_bytes) {
+    norm2 = NormSums::kBackward * sizeof(float);
+    parked = norm2 + 2 * channels * sizeof(float);
+    pieces = parked + kTileThreads * sizeof(Vec<float, 4>);
+    x = pieces + 2 * piece_bytes(channels, inner);
+    hidden = x + tile_bytes<float>(bins + 1, channels);
     // Beyond the last row as above, which may be a shifted one.
-    sums = hidden + tile_bytes<float>(bins + 1, inner) + 12 * sizeof(float);
-    norm2 = sums + NormSums::kBackward * sizeof(float);
-    pieces = norm2 + 2 * channels * sizeof(float);
-    end = pieces + larger(2 * piece_bytes(channels, inner), scratch);
+    scratch = hidden + tile_bytes<float>(bins + 1, inner) + 12 * sizeof(float);
+    end = scratch + scratch_bytes;
   }
 
-  __host__ __device__ static size_t piece_bytes(int channels, int inner) {
+  __host__ __device__ static constexpr size_t piece_bytes(int channels, int inner) {
     return larger(tile_bytes<float>(kPieceOfW1, inner),
                   larger(tile_bytes<float>(kRowsOfW2, channels),
                          tile_bytes<float>(inner, kColumnsOfW2)));
@@ -107,6 +110,7 @@ struct BackwardBlock : BackwardTiles<T> {
   using Tiles::args, Tiles::P, Tiles::C, Tiles::D, Tiles::roi, Tiles::x, Tiles::dy, Tiles::hidden;
 
   Tile<T> w1, w2;
+  char* scratch;  // for whom dx goes to
 
   __device__ BackwardBlock(const DynamicConvArgs<T>& args_, const T* grad, int channels, int inner,
                            size_t scratch_bytes, char* shared)
@@ -118,6 +122,7 @@ struct BackwardBlock : BackwardTiles<T> {
     hidden = {reinterpret_cast<T*>(shared + plan.hidden), narrow, P};
     w1 = {reinterpret_cast<T*>(shared), narrow, kAllRows};
     w2 = {reinterpret_cast<T*>(shared), wide, kAllRows};
+    scratch = reinterpret_cast<char*>(x.data);
     this->norm2 = norm2_place(w2, D);
     this->norm1_parts = reinterpret_cast<float*>(dy.data);
     this->buffers = NormSums(shared + plan.sums);
@@ -144,7 +149,9 @@ struct BackwardBlock : BackwardTiles<T> {
     cp_async_commit();
   }
 
-  __device__ char* scratch() const { return reinterpret_cast<char*>(x.data); }  // beside dx
+
+  __device__ void park(const WarpTile<1>& /*h*/) const {}
+  __device__ void fetch_parked(WarpTile<1>& /*h*/) const {}
 
   // += x W1, once x and W1 are there
   __device__ __forceinline__ void multiply_by_w1(WarpTile<1>& h, const NarrowPlace& place) const {
@@ -180,17 +187,21 @@ struct BackwardBlock : BackwardTiles<T> {
 template <>
 struct BackwardBlock<float> : BackwardTiles<float> {
   float *piece, *other_piece;
+  float* parked;  // of the thread
+  char* scratch;  // for whom x comes from
 
   __device__ BackwardBlock(const DynamicConvArgs<float>& args_, const float* grad, int channels,
                            int inner, size_t scratch_bytes, char* shared)
       : BackwardTiles<float>(args_, grad, channels, inner) {
     const BackwardPlan<float> plan(P, C, D, scratch_bytes);
-    x = dy = {reinterpret_cast<float*>(shared), tile_pitch(C), P};
+    x = dy = {reinterpret_cast<float*>(shared + plan.x), tile_pitch(C), P};
     hidden = {reinterpret_cast<float*>(shared + plan.hidden), tile_pitch(D), P};
-    buffers = NormSums(shared + plan.sums);
+    buffers = NormSums(shared);
     norm2 = reinterpret_cast<float*>(shared + plan.norm2);
     norm1_parts = buffers.mean;  // and the variances' place
     piece = reinterpret_cast<float*>(shared + plan.pieces);
+    parked = reinterpret_cast<float*>(shared + plan.parked) + 4 * threadIdx.x;
+    scratch = shared + plan.scratch;
     other_piece = piece + plan.piece_bytes(C, D) / sizeof(float);
   }
 
@@ -198,7 +209,7 @@ struct BackwardBlock<float> : BackwardTiles<float> {
   __device__ void fetch(const Rois& rois) const {
     rois.start(x, roi, P, C, 0, C);
     cp_async_commit();
-    rois.finish(x, roi, scratch());
+    rois.finish(x, roi, scratch);
   }
   template <class Rois>
   __device__ void fetch_again(const Rois& rois) const {
@@ -210,7 +221,17 @@ struct BackwardBlock<float> : BackwardTiles<float> {
     copy_grad();
   }
 
-  __device__ char* scratch() const { return reinterpret_cast<char*>(piece); }
+
+  // A quarter of h is out of the registers while y, which needs almost all, is in them.
+  __device__ void park(const WarpTile<1>& h) const {
+    const float(&value)[4] = h.value[0][1][1];
+    store_vec(parked, Vec<float, 4>{{value[0], value[1], value[2], value[3]}});
+  }
+  __device__ void fetch_parked(WarpTile<1>& h) const {
+    const Vec<float, 4> value = load_vec<4>(parked);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) h.value[0][1][1][i] = value[i];
+  }
 
   __device__ __forceinline__ void multiply_by_w1(WarpTile<1>& h, const NarrowPlace& place) const {
     const auto w1 = row_pieces(w1_source, C, kPieceOfW1, D, piece, other_piece);

@@ -82,7 +82,7 @@ struct PooledRois {
       return;
     }
     block.backward_x(block.dy);
-    scatter_roi(align, block.roi, block.dy, grad.cells, block.scratch());
+    scatter_roi(align, block.roi, block.dy, grad.cells, block.scratch);
   }
 };
 
