@@ -2,7 +2,7 @@
 // their budgets: dynamic_conv_forward.cuh and dynamic_conv_backward.cuh take bfloat16, float16 and,
 // with allow_tf32, float32 by tensor cores, for P up to 64, C a multiple of 16 up to 256, D a
 // multiple of 16 up to 64 (and shared memory up to 99 KB: with C = 256 and D = 64 the backward goes
-// up to P = 49, in TF32 to 56, the forward in TF32 to 59); dynamic_conv_simt.cuh takes the rest,
+// up to P = 49, in TF32 to 51, the forward in TF32 to 59); dynamic_conv_simt.cuh takes the rest,
 // float32 exactly. No atomics: the same bits in every run.
 #include "cuda/dynamic_conv.cuh"
 #include "cuda/dynamic_conv_backward.cuh"

@@ -13,13 +13,14 @@
 //   shared memory  98.6 KB: W1, then W2, then W1 again 36 KB; x 25.8 KB; grad, which dy and then dx
 //                  take over, 25.8 KB; hidden, then dh 7 KB; sums 4 KB
 //   registers      128, no spills (other sizes: up to 168, one block)
-// In TF32, also two blocks: x, dy, x again and dx in turn 51.6 KB; hidden, then dh 14.1 KB; weights
-// by way of two buffers 20 KB; sums 4 KB: 89.7 KB.
+// In TF32, also two blocks: x, grad and dy, x again and dx in turn 51.6 KB; hidden, then dh
+// 14.1 KB; weights by way of two buffers 20 KB; a part of h 4 KB; sums and norm2 6 KB: 95.7 KB.
 //
 // Predicted for an H200, not measured. A RoI moves 96 KB of parameters, 64 KB of their gradients
 // and 75 KB of x, grad and dx: 7 us of one of 132 multiprocessors at 4.3 TB/s, against 2.1 us of
 // mma and 5.7 us of issue (40,000 warp instructions). 300 RoIs take two waves, 25 us; 4800 take
-// 0.26 ms.
+// 0.26 ms. In TF32 406 KB, 12.5 us, and another 190 KB of weights from L2, against 4 us of mma and
+// 11 us of issue: 45 to 60 us, and 0.45 to 0.65 ms.
 // budget: dynamic_conv_backward_kernel: 168 registers, 101376 bytes shared, 256 threads
 #pragma once
 
@@ -149,8 +150,8 @@ __device__ __forceinline__ void backward_to_dy(const BackwardBlock<T>& block,
     normalise<WidePlace::kSlots>(y, place.columns, block.buffers, place.rows, place.slot, C,
                                  block.args.eps, rstd);
     norm_backward<WidePlace::kSlots>(
-        y, place.columns, block.norm2, block.norm2 + C, block.buffers.gradient, place.rows, place.slot,
-        C, rstd, norm_grad, [&](int i, int j, int n) {
+        y, place.columns, block.norm2, block.norm2 + C, block.buffers.gradient, place.rows,
+        place.slot, C, rstd, norm_grad, [&](int i, int j, int n) {
           return block.grad_at(row + place.rows[i], place.columns.of(j, n));
         });
     __syncwarp();  // lanes store what their neighbours have just read

@@ -1,7 +1,7 @@
 // What a block of the backward has of its RoI in shared memory, and the products with W1 and W2.
 //
-// In 16 bits x, grad and a whole W1 or W2 are there at once. In TF32 everything is twice as large: x
-// and grad take turns, so that x is fetched, or pooled, a second time, and weights come in pieces.
+// In 16 bits x, grad and a whole W1 or W2 are there at once. In TF32 everything is twice as large:
+// x and grad take turns, so that x is fetched, or pooled, a second time; weights come in pieces.
 //
 // Each tile has a row of zeros after its P rows, which stands for the rows up to the next multiple
 // of an mma's depth where P is the depth of a product.
@@ -37,8 +37,8 @@ template <>
 struct BackwardPlan<float> {
   size_t norm2, parked, pieces, x, hidden, scratch, end;  // sums are at 0
 
-  // What depends on the bins comes last: other places are constants where the sizes are, which saves
-  // registers.
+  // What depends on the bins comes last: other places are constants where the sizes are, which
+  // saves registers.
   __host__ __device__ BackwardPlan(int bins, int channels, int inner, size_t scratch_bytes) {
     norm2 = NormSums::kBackward * sizeof(float);
     parked = norm2 + 2 * channels * sizeof(float);

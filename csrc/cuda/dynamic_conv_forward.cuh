@@ -12,14 +12,14 @@
 //   shared memory  63.3 KB: W1 36 KB, which W2 takes over in two steps as the rows of W1 are used
 //                  up; x 25.3 KB, which hidden takes over; sums 2 KB
 //   registers      80, no spills (other sizes: up to 106, two blocks)
-// In TF32, two blocks: W1 comes in four pieces by way of two buffers, 36 KB, x has 50.6 KB, and W2
-// and hidden lie in the place of all three; 88.6 KB, 128 registers.
+// In TF32, two blocks: W1 comes in four pieces by way of two buffers, 36 KB, x has 50.5 KB, and W2
+// and hidden lie in the place of all three; 88.5 KB, 88 registers.
 //
 // Predicted for an H200, not measured. A RoI moves 64 KB of parameters and 25 KB in and out each:
 // 3.5 us of one of 132 multiprocessors at 4.3 TB/s, against 0.7 us of mma (3.2 MFLOP, padded
 // to 4.2) and 2.4 us of issue (17,000 warp instructions). 300 RoIs are one wave of 8 us, 4800 take
-// 130 us. In TF32 it moves twice as much, 228 KB, 7 us of a multiprocessor, with twice the mma and
-// issue: 300 RoIs are two waves of 10 us, 4800 take 0.27 ms.
+// 130 us. In TF32 it moves 228 KB, 7 us of a multiprocessor, against 1.4 us of mma and 4 us of
+// issue, more than a third of which rounds operands: 300 RoIs take 18 to 26 us, 4800 0.3 ms.
 // budget: dynamic_conv_forward_kernel: 106 registers, 101376 bytes shared, 256 threads
 #pragma once
 

@@ -1,6 +1,6 @@
 // The dynamic interaction, forward and backward, of any size and element type without tensor cores:
-// float64, float32 unless TF32 is allowed (products are exact FMAs), and all types where the sizes do
-// not suit the tensor-core kernels.
+// float64, float32 unless TF32 is allowed (products are exact FMAs), and all types where the sizes
+// do not suit the tensor-core kernels.
 //
 // A block takes one RoI after another. Intermediates are kept in the accumulation type in a
 // workspace: dynamic shared memory if it fits, else a slot of global memory for each block. Results

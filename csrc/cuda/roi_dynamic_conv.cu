@@ -4,9 +4,9 @@
 // shared memory, into grad_cells (roi_align.cuh). Budgets: dynamic_conv_forward.cuh,
 // dynamic_conv_backward.cuh, dynamic_conv_simt.cuh; the forward needs 1.8 KB more, for the taps.
 //
-// Fused, for float32 boxes, is what the tensor-core kernels take, and exact float32 with C a multiple
-// of 4 whose intermediates fit into shared memory. All else, and a deterministic backward, goes by
-// way of RoI features, or their gradient, in global memory.
+// Fused, for float32 boxes, is what the tensor-core kernels take, and exact float32 with C a
+// multiple of 4 whose intermediates fit into shared memory. All else, and a deterministic backward,
+// goes by way of RoI features, or their gradient, in global memory.
 //
 // Predicted for an H200, not measured: the forward is bound by the gather of the footprints from
 // the L2 cache, 170 to 210 KB a RoI beside 89 KB of parameters and result. At 5 TB/s that is 7 us
@@ -193,8 +193,8 @@ Tensor roi_dynamic_conv_cuda(const std::vector<Tensor>& features, const Tensor& 
                              int64_t output_size, int64_t sampling_ratio,
                              const std::string& level_rule, double eps, bool allow_tf32) {
   const Inputs inputs =
-      parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, strides,
-            output_size, sampling_ratio, level_rule, eps, allow_tf32);
+      parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
+            strides, output_size, sampling_ratio, level_rule, eps, allow_tf32);
   const DeviceGuard guard(boxes);
   const Tensor out = inputs.new_rois();
   bool fused = false;
@@ -214,8 +214,8 @@ std::tuple<Tensor, Tensor> roi_dynamic_conv_backward_cuda(
     int64_t output_size, int64_t sampling_ratio, const std::string& level_rule, double eps,
     bool allow_tf32, bool deterministic, const Tensor& grad_cells) {
   const Inputs inputs =
-      parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, strides,
-            output_size, sampling_ratio, level_rule, eps, allow_tf32);
+      parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
+            strides, output_size, sampling_ratio, level_rule, eps, allow_tf32);
   const DeviceGuard guard(boxes);
   const Tensor dense_grad = aligned(parse_roi_align_grad(grad, inputs.align));
   const bool wanted = wants_grad_cells(grad_cells, inputs.align);

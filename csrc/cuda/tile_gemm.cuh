@@ -15,8 +15,8 @@ inline constexpr int kTileThreads = 256;  // of the blocks that use this file
 inline constexpr int kTileWarps = kTileThreads / kWarp;
 
 // A row-major matrix in shared memory. Rows of 16-bit elements lie an odd number of 16-byte units
-// apart, so that the eight 16-byte pieces that ldmatrix reads hit all banks. Rows of floats lie 8 or
-// 24 banks apart, for the fragments that are read by element, from four rows and eight columns;
+// apart, so that the eight 16-byte pieces that ldmatrix reads hit all banks. Rows of floats lie 8
+// or 24 banks apart, for the fragments that are read by element, from four rows and eight columns;
 // every second four rows are shifted by four banks, for ldmatrix.
 template <class T>
 struct Tile {
@@ -220,8 +220,8 @@ struct WarpTile {
   }
 
   // Rounds the values to the target's type and writes those of rows first + row(i) < rows, to a
-  // Tile or GlobalRows. Four lanes write 32 adjacent bytes: of 16-bit types, neighbours trade halves
-  // for that first.
+  // Tile or GlobalRows. Four lanes write 32 adjacent bytes: of 16-bit types, neighbours trade
+  // halves for that first.
   template <class Target>
   __device__ __forceinline__ void store(const Target& target, int first, int rows,
                                         const WarpColumns& columns) const {
@@ -236,8 +236,10 @@ struct WarpTile {
         const int c = i % 2 * 2, row_at = first + row(i);
         if constexpr (std::is_same_v<T, float>) {
           if (row_at >= rows) continue;
-          store_vec(target.place(row_at, columns.of(j, 0)), Vec<float, 2>{{left[c], left[c + 1]}});
-          store_vec(target.place(row_at, columns.of(j, 1)), Vec<float, 2>{{right[c], right[c + 1]}});
+          const Vec<float, 2> first_pair{{left[c], left[c + 1]}};
+          const Vec<float, 2> second_pair{{right[c], right[c + 1]}};
+          store_vec(target.place(row_at, columns.of(j, 0)), first_pair);
+          store_vec(target.place(row_at, columns.of(j, 1)), second_pair);
         } else {
           const uint32_t low = pack2<T>(left[c], left[c + 1]);
           const uint32_t high = pack2<T>(right[c], right[c + 1]);
