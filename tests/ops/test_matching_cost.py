@@ -11,6 +11,11 @@ from hypothesis import strategies as st
 from sparse_rcnn.ops import matching_cost
 from sparse_rcnn.ops.matching_cost import NON_FINITE_COST
 
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning:triton"),
+]
+
 
 def make_boxes(*shape, generator):
     corners = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 80

@@ -8,6 +8,11 @@ import torchvision
 
 from sparse_rcnn.ops import set_box_loss
 
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning:triton"),
+]
+
 
 def make_boxes(*shape, generator):
     corners = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 80

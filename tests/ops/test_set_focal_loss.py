@@ -9,6 +9,11 @@ import torchvision
 from sparse_rcnn.ops import set_focal_loss
 from sparse_rcnn.ops.set_focal_loss import matched_classes
 
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning:triton"),
+]
+
 
 def make_arguments(S=2, B=2, N=5, M=3, K=4, seed=0):
     """Each target has a proposal of its own, but about a third of them have none."""
