@@ -109,9 +109,9 @@ def matching_cost_reference(
 
 def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     """Focal loss as a positive minus focal loss as a negative; the 1e-8 inside the log is the official code's."""
-    p = logits.sigmoid()
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
-    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    p, q = logits.sigmoid(), (-logits).sigmoid()  # q is 1 - p, not rounded to a multiple of 6e-8
+    positive = alpha * q**gamma * -(p + 1e-8).log()
+    negative = (1 - alpha) * p**gamma * -(q + 1e-8).log()
     return positive - negative
 
 

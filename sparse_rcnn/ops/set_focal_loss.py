@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_rcnn.ops import _library
-from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
+from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape, nan_unless_finite
 
 
 def set_focal_loss(
@@ -51,13 +51,15 @@ def set_focal_loss_reference(
 ) -> Tensor:
     """The specification of :func:`set_focal_loss`."""
     K = logits.shape[3]
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     classes = matched_classes(matches, target_labels, logits.shape[2], K)  # [S, B, N], K for no match
-    targets = (classes.unsqueeze(-1) == torch.arange(K, device=logits.device)).to(logits.dtype)
-    p = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    miss = p * (1 - targets) + (1 - p) * targets
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return (weight * cross_entropy * miss**gamma).flatten(1).sum(1)
+    positive = classes.unsqueeze(-1) == torch.arange(K, device=logits.device)
+    # The loss of a positive is that of a negative with the sign of the logit turned, and another weight.
+    z = torch.where(positive, -x, x)
+    weight = torch.full_like(x, 1 - alpha).masked_fill(positive, alpha)
+    miss = z.sigmoid().clamp(min=torch.finfo(x.dtype).tiny)  # the slope of a power below 1 is infinite at 0
+    losses = weight * -F.logsigmoid(-z) * miss**gamma
+    return (losses.flatten(1).sum(1) + nan_unless_finite(x)).to(logits.dtype)
 
 
 def matched_classes(matches: Tensor, target_labels: Tensor, proposals: int, background: int) -> Tensor:
