@@ -25,9 +25,14 @@ from sparse_rcnn import ops
 FIGURES = ROOT / "benchmarks" / "results" / "cpu.json"
 
 
-def operators() -> list[str]:
-    """The operators that have a benchmark file here."""
-    return [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name in ops.__all__]
+# Benchmarks of operators that work together, which have none of their own.
+TOGETHER = {"losses": ("set_focal_loss", "set_box_loss"), "matching": ("matching_cost", "linear_assignment")}
+
+
+def names() -> list[str]:
+    """The benchmark files here, each of an operator or of several."""
+    wanted = {*ops.__all__, *TOGETHER}
+    return [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if module.name in wanted]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     failed: list[str] = []
     if options.json or not options.readme:
-        failed = run_all(operators(), _flags(options), options.json)
+        failed = run_all(names(), _flags(options), options.json)
     if options.readme and not failed:
         update_readme(ROOT / "README.md", json.loads((options.json or FIGURES).read_text()))
     if failed:

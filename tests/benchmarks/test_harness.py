@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.__main__ import operators
+from benchmarks.__main__ import TOGETHER, names
 from benchmarks.environment import ROOT
 from benchmarks.harness import Case, main, run_case
 from benchmarks.measure import in_turn
@@ -299,4 +299,6 @@ def test_every_operator_with_a_schema_has_a_benchmark():
     schemas = (ROOT / "csrc" / "schemas.cpp").read_text()
     declared = set(re.findall(r'"(\w+)\((?:Tensor|Tensor\[\]) ', schemas))
     assert len(declared) > 5
-    assert {name for name in declared if not name.endswith("_backward")} <= set(operators())
+    measured = {*names(), *(operator for together in TOGETHER.values() for operator in together)}
+    assert {name for name in declared if not name.endswith("_backward")} <= measured
+    assert set(TOGETHER) <= set(names())

@@ -181,7 +181,7 @@ def test_flags_reach_every_operator(monkeypatch):
     assert command.main(["--dtype", "float16", "--quick", "--compile", "--case", "300"]) == 0
     assert seen == [
         (
-            command.operators(),
+            command.names(),
             ["--device", "cpu", "--dtype", "float16", "--case", "300", "--quick", "--compile"],
             None,
         )

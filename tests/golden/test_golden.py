@@ -76,7 +76,11 @@ def test_losses_and_gradients_in_float64(golden_model, golden_images, golden_tra
     targets = _targets(fill, golden_training[case]["counts"])
     expected = golden_training[case]["float64"]
     losses, norms = _losses_and_norms(golden_model.double(), golden_images, targets, official_keys)
-    assert losses == pytest.approx(expected["losses_weighted"], rel=1e-7)
+    # The focal loss is of float32 in the official code: its sums are up to 1.6e-7 from the exact ones.
+    for name, loss in losses.items():
+        limit = 3e-7 if name.startswith("loss_ce") else 1e-7
+        assert loss == pytest.approx(expected["losses_weighted"][name], rel=limit), name
+    assert losses.keys() == expected["losses_weighted"].keys()
     assert norms == pytest.approx(expected["grad_norms"], rel=3e-4)
 
 
