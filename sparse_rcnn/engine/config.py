@@ -57,8 +57,8 @@ class TrainConfig:
     dtype: str = _option("float32", "float32, or bfloat16 for autocast")
     cuda_graph: bool = _option(
         False,
-        "capture the step in a CUDA graph for each shape; pads batches to one of at most ten lengths a side, which the "
-        "network sees as it does all padding",
+        "replay the step from a CUDA graph for each shape of batch; pads to one of at most 16 lengths a side, and the "
+        "network sees that as it does all padding",
     )
     resume: bool = _option(False, "continue from last.pt in the output folder")
 

@@ -25,6 +25,11 @@ class TrainStep:
         optimizer: of :func:`~sparse_rcnn.engine.optimizer.build_optimizer`, over the model's parameters.
         clip_norm: largest gradient norm of the full model.
         bfloat16: compute the losses under autocast.
+
+    Attributes:
+        names: of the losses.
+        report: [len(names) + 1], the losses of the last step and its gradient norm before clipping. One tensor for all
+            steps, as a captured one needs it; None before the first.
     """
 
     def __init__(
@@ -34,17 +39,13 @@ class TrainStep:
         self.clip_norm, self.bfloat16 = clip_norm, bfloat16
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
-        self.names: tuple[str, ...] = ()  # of the losses, in the order of the report
+        self.names: tuple[str, ...] = ()
+        self.report: Tensor | None = None
         self.stopped = torch.zeros((), device=self.device)  # 1 from the first step on that was not finite
         optimizer.found_inf = self.stopped  # read by the fused kernels, as they read that of torch.amp
-        self.report: Tensor | None = None  # one tensor for all steps, as a captured one needs it
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Queue one step on ``batch``, which is on the device.
-
-        Returns:
-            ``report`` [len(names) + 1]: the losses and the gradient norm before clipping. The next step overwrites it.
-        """
+    def __call__(self, batch: Batch) -> None:
+        """Queue one step on ``batch``, which is on the device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             losses = self.model(batch)
         sum(losses.values()).backward()
@@ -56,7 +57,7 @@ class TrainStep:
         self.names = tuple(losses)
         if self.report is None:
             self.report = torch.empty_like(report)
-        return self.report.copy_(report)
+        self.report.copy_(report)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Reports:
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, tuple[int, ...], tuple[str, ...], Tensor, Any]] = deque()
 
-    def add(self, step: int, image_ids: Sequence[int], names: Sequence[str], values: Tensor) -> None:
-        """Send ``values`` of :class:`TrainStep` to the host, behind the work that makes them."""
-        host, arrival = to_host(values)
-        self._waiting.append((step, tuple(image_ids), tuple(names), host, arrival))
+    def add(self, step: int, image_ids: Sequence[int], source: TrainStep) -> None:
+        """Send what ``source`` last reported to the host, behind the work that makes it."""
+        host, arrival = to_host(source.report)
+        self._waiting.append((step, tuple(image_ids), source.names, host, arrival))
 
     def take(self, wait: bool) -> Iterator[Report]:
         """Those that have arrived, in order; with ``wait``, all."""

@@ -153,9 +153,12 @@ class Trainer:
         factor = lr_factor(self.step, config.warmup_steps, config.warmup_factor, config.decay_steps)
         set_lr(self.optimizer, factor)
         self.lr = self.optimizer.param_groups[-1]["base_lr"] * factor
-        values = self.plain_step(batch.to(self.device)) if self.graphed_step is None else self.graphed_step(batch)
+        if self.graphed_step is None:
+            self.plain_step(batch.to(self.device))
+        else:
+            self.graphed_step(batch)
         self.step += 1
-        self.reports.add(self.step, image_ids, self.plain_step.names, values)
+        self.reports.add(self.step, image_ids, self.plain_step)
 
     def save(self) -> None:
         """Write ``last.pt`` and ``model/``."""

@@ -115,6 +115,12 @@ def test_flags_that_do_not_parse_are_one_line_and_exit_2(main, name, arguments, 
     one_line_error(capsys, name)
 
 
+def test_a_cuda_graph_needs_a_gpu(run, tmp_path, capsys):
+    assert run("--cuda-graph") == 2
+    assert "cuda_graph: expected a CUDA device, got cpu" in one_line_error(capsys, "train")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_training_image_that_cannot_be_read_is_named_and_exits_1(write_coco, tmp_path, capsys):
     folder = write_coco({1: (64, 64)}, {1: "cat"}, [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 30, 30]}])
     (folder / "valid" / "1.png").write_bytes(b"no picture")
