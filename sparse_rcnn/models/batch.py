@@ -68,7 +68,10 @@ def pad_images(
         raise ValueError("images: expected a list of at least one CHW tensor")
     for index, image in enumerate(images):
         _check_image(f"images[{index}]", image)
-    height, width = shape or (round_up(max(image.shape[axis] for image in images), SIZE_MULTIPLE) for axis in (1, 2))
+    largest = tuple(max(image.shape[axis] for image in images) for axis in (1, 2))
+    height, width = shape or (round_up(size, SIZE_MULTIPLE) for size in largest)
+    if height < largest[0] or width < largest[1]:
+        raise ValueError(f"shape: expected at least {largest[0]} x {largest[1]} for the images, got {height} x {width}")
     whole = all(image.dtype == torch.uint8 for image in images)
     device = images[0].device
     pixels = torch.zeros(
@@ -84,17 +87,23 @@ def pad_images(
     return pixels, torch.tensor(sizes, dtype=dtype, pin_memory=pin_memory)
 
 
-def normalize_pixels(pixels: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize_pixels(pixels: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``(pixels - mean) / std`` in float32 inside the images, 0 in padding.
 
     Args:
         pixels, sizes: of :class:`Batch`.
-        mean, std: [3] float32, 0..255.
+        mean, std: of the three channels, 0..255.
     """
+    mean, std = (_constant(values, pixels.device).view(3, 1, 1) for values in (mean, std))
     rows, columns = (torch.arange(size, device=pixels.device) for size in pixels.shape[2:])
     heights, widths = sizes.view(-1, 2, 1, 1, 1).unbind(1)  # [B, 1, 1, 1]
     padding = (rows.view(-1, 1) >= heights) | (columns >= widths)  # [B, 1, H, W]
-    return pixels.sub(mean.view(3, 1, 1)).div_(std.view(3, 1, 1)).masked_fill_(padding, 0.0)
+    return pixels.sub(mean).div_(std).masked_fill_(padding, 0.0)
+
+
+def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 made on the device, since the host would wait for a copy of its own."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
 
 
 def round_up(size: int, multiple: int) -> int:

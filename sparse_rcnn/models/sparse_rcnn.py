@@ -64,9 +64,6 @@ class SparseRCNN(nn.Module):
         self.criterion = SetCriterion(
             matcher, config.num_classes, config.no_object_weight, deep_supervision=config.deep_supervision
         )
-        for name in ("pixel_mean", "pixel_std"):  # as bits, for half() and double() would convert a float32 buffer
-            bits = torch.tensor(getattr(config, name), dtype=torch.float32).view(torch.int32)
-            self.register_buffer(f"{name}_bits", bits, persistent=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> SparseRCNN:
@@ -171,8 +168,8 @@ class SparseRCNN(nn.Module):
 
     def _scale(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         # In float32 whatever the model's dtype is: 8-bit pixels need no more.
-        mean, std = (bits.view(torch.float32) for bits in (self.pixel_mean_bits, self.pixel_std_bits))
-        return normalize_pixels(pixels, sizes, mean, std).to(self.init_proposal_boxes.weight.dtype)
+        batch = normalize_pixels(pixels, sizes, self.config.pixel_mean, self.config.pixel_std)
+        return batch.to(self.init_proposal_boxes.weight.dtype)
 
     def _stages(self, batch: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [S, B, N, K] and boxes [S, B, N, 4] of every stage, and the learned boxes [B, N, 4] before them."""
