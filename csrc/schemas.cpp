@@ -73,6 +73,22 @@ SPARSE_RCNN_LIBRARY(SPARSE_RCNN_NAMESPACE, m) {
   // cost [Q, N, M], counts [Q] -> the proposal of each target, [Q, M] int64
   m.def("linear_assignment(Tensor cost, Tensor counts) -> Tensor");
 
+  // The losses of set prediction: S stages, M targets, K classes. On CUDA devices kernels/<op>.py
+  // serves, in Triton.
+  // logits [S, B, N, K], boxes [S, B, N, 4], targets [B, M] -> [S, B, N, M]
+  m.def(
+      "matching_cost(Tensor logits, Tensor boxes, Tensor target_labels, Tensor target_boxes, "
+      "Tensor target_counts, Tensor image_sizes, float[] weights, float alpha, float gamma, "
+      "str classification, float non_finite_cost) -> Tensor");
+  // classes [S, B, N] -> [S] and the gradient of each of them, [S, B, N, K]
+  m.def(
+      "set_focal_loss(Tensor logits, Tensor classes, float alpha, float gamma) "
+      "-> (Tensor, Tensor)");
+  // matches [S, B, M] -> L1 [S], 1 - GIoU [S], and the gradients of each, [S, B, N, 4]
+  m.def(
+      "set_box_loss(Tensor boxes, Tensor matches, Tensor target_boxes, Tensor image_sizes) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+
   // What was built, for doctor.
   m.def("cpu_capability() -> str");
   m.def("cuda_architectures() -> str");

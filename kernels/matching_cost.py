@@ -8,6 +8,8 @@ bandwidth; the launch is longer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ def matching_cost(
     target_boxes: Tensor,
     target_counts: Tensor,
     image_sizes: Tensor,
-    weights: tuple[float, float, float],
+    weights: Sequence[float],
     alpha: float,
     gamma: float,
     classification: str,
@@ -95,23 +97,26 @@ def _matching_cost_kernel(
 
     label = tl.load(target_labels + image * M + m, mask=in_m, other=0)
     row = logits + (problem * N + n)[:, None] * K
-    logit = tl.load(row + label[None, :], mask=pair, other=0.0).to(ax1.dtype)
+    is_class = (label >= 0) & (label < K)
+    logit = tl.load(row + label[None, :], mask=pair & is_class[None, :], other=float("nan"))
     if FOCAL:
-        p = 1.0 / (1.0 + tl.exp(-logit))
-        positive = ALPHA * power(1.0 - p, GAMMA) * -tl.log(p + 1e-8)
-        negative = (1.0 - ALPHA) * power(p, GAMMA) * -tl.log(1.0 - p + 1e-8)
+        small = tl.exp(-tl.abs(logit))
+        p = tl.where(logit >= 0.0, 1.0, small) / (1.0 + small)  # sigmoid(logit)
+        q = tl.where(logit >= 0.0, small, 1.0) / (1.0 + small)  # sigmoid(-logit), not rounded as 1 - p is
+        positive = ALPHA * power(q, GAMMA) * -tl.log(p + 1e-8)
+        negative = (1.0 - ALPHA) * power(p, GAMMA) * -tl.log(q + 1e-8)
         class_cost = positive - negative
     else:
         top = tl.full((BLOCK_N,), -float("inf"), ax1.dtype)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             values = tl.load(row + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=-float("inf"))
-            top = tl.maximum(top, tl.max(values.to(ax1.dtype), 1))
+            top = tl.maximum(top, tl.max(values, 1))
         total = tl.zeros((BLOCK_N,), ax1.dtype)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             values = tl.load(row + k[None, :], mask=in_n[:, None] & (k < K)[None, :], other=-float("inf"))
-            total += tl.sum(tl.exp(values.to(ax1.dtype) - top[:, None]), 1)
+            total += tl.sum(tl.exp(values - top[:, None]), 1)
         class_cost = -tl.exp(logit - top[:, None]) / total[:, None]
 
     l1 = tl.abs(ax1 / width - bx1 / width) + tl.abs(ay1 / height - by1 / height)

@@ -33,7 +33,7 @@ def set_box_loss(
     S, B, M = matches.shape
     N = boxes.shape[2]
     grad_l1, grad_giou = torch.zeros_like(boxes), torch.zeros_like(boxes)
-    parts = boxes.new_zeros(2, S, B, triton.cdiv(M, BLOCK))
+    parts = boxes.new_zeros(2, S, B, max(1, triton.cdiv(M, BLOCK)))
     if parts.numel() and N:
         _set_box_loss_kernel[(S * B, parts.shape[3])](
             *(boxes.contiguous(), matches.contiguous(), target_boxes.contiguous(), image_sizes.contiguous()),
@@ -70,7 +70,7 @@ def _set_box_loss_kernel(
     image = problem % B
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     match = tl.load(matches + problem * M + m, mask=m < M, other=-1)
-    matched = match >= 0
+    matched = (match >= 0) & (match < N)
     place = (problem * N + match) * 4
     ax1 = tl.load(boxes + place + 0, mask=matched, other=0.0)
     ay1 = tl.load(boxes + place + 1, mask=matched, other=0.0)
@@ -97,13 +97,15 @@ def _set_box_loss_kernel(
     overlap = tl.maximum(overlap_w, 0.0) * tl.maximum(overlap_h, 0.0)
     hull = tl.maximum(hull_w, 0.0) * tl.maximum(hull_h, 0.0)
     union = box_area(ax1, ay1, ax2, ay2) + box_area(bx1, by1, bx2, by2) - overlap
-    safe_union, safe_hull = tl.maximum(union, TINY), tl.maximum(hull, TINY)
-    giou = overlap / safe_union - (hull - union) / safe_hull
+    by_one_union = tl.where(union >= TINY, 1.0 / tl.maximum(union, TINY), 0.0)  # nothing depends on what is no area
+    by_one_hull = tl.where(hull >= TINY, 1.0 / tl.maximum(hull, TINY), 0.0)
+    iou = tl.where(union >= TINY, overlap / tl.maximum(union, TINY), 0.0)
+    unfilled = tl.where(hull >= TINY, (hull - union) / tl.maximum(hull, TINY), 0.0)
 
-    # GIoU = overlap / union - 1 + union / hull, with union = area + area' - overlap.
-    by_union = tl.where(union >= TINY, -overlap / (safe_union * safe_union), 0.0) + 1.0 / safe_hull
-    by_overlap = 1.0 / safe_union - by_union
-    by_hull = -1.0 / safe_hull + tl.where(hull >= TINY, (hull - union) / (safe_hull * safe_hull), 0.0)
+    # GIoU = overlap / union - (hull - union) / hull, with union = area + area' - overlap.
+    by_union = by_one_hull - iou * by_one_union
+    by_overlap = by_one_union - by_union
+    by_hull = (unfilled - 1.0) * by_one_hull
     # Of a side that was clamped to 0 nothing depends on the box.
     area_dw = by_union * tl.where(ax2 - ax1 >= 0.0, tl.maximum(ay2 - ay1, 0.0), 0.0)
     area_dh = by_union * tl.where(ay2 - ay1 >= 0.0, tl.maximum(ax2 - ax1, 0.0), 0.0)
@@ -120,9 +122,14 @@ def _set_box_loss_kernel(
     tl.store(grad_giou + place + 2, -dx2, mask=matched)
     tl.store(grad_giou + place + 3, -dy2, mask=matched)
 
+    zero = tl.zeros((BLOCK,), ax1.dtype)  # NaN where a box is not finite, matched or not
+    for start in range(tl.program_id(1) * BLOCK, N * 4, tl.num_programs(1) * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        value = tl.load(boxes + problem * N * 4 + place, mask=place < N * 4, other=0.0)
+        zero += value - value
     part = problem * tl.num_programs(1) + tl.program_id(1)
-    tl.store(l1_parts + part, tl.sum(tl.where(matched, l1, 0.0), 0))
-    tl.store(giou_parts + part, tl.sum(tl.where(matched, 1.0 - giou, 0.0), 0))
+    tl.store(l1_parts + part, tl.sum(tl.where(matched, l1, 0.0) + zero, 0))
+    tl.store(giou_parts + part, tl.sum(tl.where(matched, 1.0 - (iou - unfilled), 0.0) + zero, 0))
 
 
 @triton.jit

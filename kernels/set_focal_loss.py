@@ -21,22 +21,22 @@ def set_focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float) 
     """The loss of each stage and its gradient.
 
     Args:
-        logits: [S, B, N, K].
-        classes: [S, B, N] int64, K for a proposal without a target.
+        logits: [S, B, N, K] float32 or float64.
+        classes: [S, B, N] int64, outside of 0..K-1 for a proposal without a target.
 
     Returns:
-        [S] of the logits' dtype, and the gradient of each of them with respect to its logits, [S, B, N, K].
+        [S], and the gradient of each of them with respect to its logits, [S, B, N, K].
     """
     S, K = logits.shape[0], logits.shape[3]
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     elements = logits.numel() // max(S, 1)
-    parts = logits.new_zeros(S, triton.cdiv(elements, BLOCK), dtype=torch.promote_types(logits.dtype, torch.float32))
+    parts = logits.new_zeros(S, triton.cdiv(elements, BLOCK))
     if parts.numel():
         _set_focal_loss_kernel[(parts.shape[1], S)](
             *(logits.contiguous(), classes.contiguous(), grad, parts, elements, K),
             ALPHA=float(alpha), GAMMA=float(gamma), BLOCK=BLOCK,
         )  # fmt: skip
-    return parts.sum(1).to(logits.dtype), grad
+    return parts.sum(1), grad
 
 
 @triton.jit
@@ -54,19 +54,22 @@ def _set_focal_loss_kernel(
     stage = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < elements
-    x = tl.load(logits + stage * elements + element, mask=inside, other=0.0).to(parts.dtype.element_ty)
+    x = tl.load(logits + stage * elements + element, mask=inside, other=0.0)
     wanted = tl.load(classes + stage * (elements // K) + element // K, mask=inside, other=K)
     positive = wanted == element % K
 
     # The loss of a positive is that of a negative with the sign of the logit turned, and another weight.
     z = tl.where(positive, -x, x)
-    weight = tl.where(positive, ALPHA, 1.0 - ALPHA)
+    weight = tl.where(positive, tl.full((BLOCK,), ALPHA, x.dtype), 1.0 - ALPHA)  # where() alone makes it float32
     small = tl.exp(-tl.abs(z))
-    cross_entropy = tl.maximum(z, 0.0) + tl.log(1.0 + small)
+    # log(1 + small), with what the rounding of the sum lost; z - z is NaN for a logit that is not finite, of which
+    # minus infinity would else cost nothing.
+    rounded = 1.0 + small
+    cross_entropy = tl.maximum(z, 0.0) + tl.log(rounded) - ((rounded - 1.0) - small) / rounded + (z - z)
     miss = tl.where(z >= 0.0, 1.0, small) / (1.0 + small)  # sigmoid(z)
     modulated = weight * power(miss, GAMMA)
     slope = modulated * (miss + GAMMA * (1.0 - miss) * cross_entropy)
     slope = tl.where(positive, -slope, slope)
-    tl.store(grad + stage * elements + element, slope.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + stage * elements + element, slope, mask=inside)
     total = tl.sum(tl.where(inside, modulated * cross_entropy, 0.0), 0)
     tl.store(parts + stage * tl.num_programs(0) + tl.program_id(0), total)

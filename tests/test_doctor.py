@@ -115,7 +115,7 @@ def test_serving_names_the_reason(monkeypatch):
         ("dynamic_conv", "cpu"): ("reference", "_C has no kernel of it for cpu tensors"),
         ("matching_cost", "cpu"): ("reference", "_C has no kernel of it for cpu tensors"),
         ("matching_cost", "cuda"): ("triton", "kernels/matching_cost.py"),
-        ("set_box_loss", "cpu"): ("reference", "it has no kernels"),
+        ("set_box_loss", "cpu"): ("reference", "_C has no kernel of it for cpu tensors"),
     }
     assert {key: (rows[key]["implementation"], rows[key]["why"]) for key in expected} == expected
 

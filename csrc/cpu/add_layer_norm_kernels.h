@@ -17,36 +17,6 @@ static inline void store_some(T* p, Vec<Accumulation<T>> values, int count) {
   }
 }
 
-// Halves until few are left: the additions of a half do not wait for one another.
-template <typename A, int count>
-static inline A sum_of_array(const A* values) {
-  if constexpr (count == 1) {
-    return values[0];
-  } else {
-    A halves[count / 2];
-    for (int i = 0; i < count / 2; ++i) {
-      halves[i] = values[i] + values[i + count / 2];
-    }
-    return sum_of_array<A, count / 2>(halves);
-  }
-}
-
-template <typename A>
-static inline A sum_of(Vec<A> values) {
-  A array[lanes<A>];
-  store(array, values);
-  return sum_of_array<A, lanes<A>>(array);
-}
-
-// Several sums side by side: one alone would wait for each addition before the next.
-template <typename A>
-struct Sums {
-  static constexpr int ways = 4;
-  Vec<A> parts[ways] = {};
-
-  inline A total() const { return sum_of<A>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
-};
-
 static inline float square_root(float x) { return __builtin_sqrtf(x); }
 static inline double square_root(double x) { return __builtin_sqrt(x); }
 

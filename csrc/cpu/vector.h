@@ -7,6 +7,7 @@
 //   load(p), store(p, v)         lanes of a stored type (float, double, BFloat16Bits, HalfBits),
 //                                widened to its accumulation type and rounded to nearest even
 //   load_part, store_part        the first `count` < lanes of them; the others are 0, or untouched
+//   sum_of<A>(v), Sums<A>        the sum of the lanes; several sums at once
 
 #if SPARSE_RCNN_LEVEL >= SPARSE_RCNN_AVX512
 #define SPARSE_RCNN_VECTOR_BYTES 64
@@ -176,5 +177,35 @@ static inline void store_part(T* p, Vec<Accumulation<T>> values, int count) {
   store(stored, values);
   __builtin_memcpy(p, stored, count * sizeof(T));
 }
+
+// Halves until few are left: the additions of a half do not wait for one another.
+template <typename A, int count>
+static inline A sum_of_array(const A* values) {
+  if constexpr (count == 1) {
+    return values[0];
+  } else {
+    A halves[count / 2];
+    for (int i = 0; i < count / 2; ++i) {
+      halves[i] = values[i] + values[i + count / 2];
+    }
+    return sum_of_array<A, count / 2>(halves);
+  }
+}
+
+template <typename A>
+static inline A sum_of(Vec<A> values) {
+  A array[lanes<A>];
+  store(array, values);
+  return sum_of_array<A, lanes<A>>(array);
+}
+
+// Several sums side by side: one alone would wait for each addition before the next.
+template <typename A>
+struct Sums {
+  static constexpr int ways = 4;
+  Vec<A> parts[ways] = {};
+
+  inline A total() const { return sum_of<A>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+};
 
 #undef SPARSE_RCNN_VECTOR_BYTES

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_rcnn import ops
 from sparse_rcnn.losses.matcher import HungarianMatcher
 from sparse_rcnn.losses.targets import PackedTargets
+from sparse_rcnn.ops._check import nan_unless_finite
 from sparse_rcnn.ops.set_focal_loss import matched_classes
 
 
@@ -70,11 +70,14 @@ class SetCriterion(nn.Module):
 
     def _softmax_loss(self, logits: Tensor, matches: Tensor, labels: Tensor) -> Tensor:
         """DETR's class loss [S]: unmatched proposals are "no object", at a lower weight."""
-        classes = matched_classes(matches, labels, logits.shape[2], background=self.num_classes)
-        weight = logits.new_ones(self.num_classes + 1)
-        weight[-1] = self.no_object_weight
-        losses = [F.cross_entropy(x.flatten(0, 1), c.flatten(), weight) for x, c in zip(logits, classes, strict=True)]
-        return torch.stack(losses)
+        K = self.num_classes
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        classes = matched_classes(matches, labels, logits.shape[2], background=K)
+        classes = torch.where((classes < 0) | (classes > K), K, classes)
+        likelihood = logits.log_softmax(-1).gather(3, classes.unsqueeze(-1)).squeeze(-1)
+        weights = torch.ones_like(likelihood).masked_fill(classes == K, self.no_object_weight)
+        total = weights.flatten(1).sum(1).clamp(min=torch.finfo(weights.dtype).tiny)
+        return -(weights * likelihood).flatten(1).sum(1) / total + nan_unless_finite(logits)
 
 
 def mean_box_count(counts: Tensor, dtype: torch.dtype) -> Tensor:

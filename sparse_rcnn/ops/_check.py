@@ -60,3 +60,9 @@ def check_same_device(**tensors: Tensor) -> None:
     for name, tensor in rest:
         if tensor.device != head.device:
             raise ValueError(f"{name}: expected it on {head.device} like {first}, got {tensor.device}")
+
+
+def nan_unless_finite(tensor: Tensor) -> Tensor:
+    """0 for each of the stages of a tensor [S, ...], NaN for those in which a number is not finite."""
+    values = tensor.detach().flatten(1)
+    return (values - values).sum(1)

@@ -31,9 +31,7 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     union = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - intersection
     low, high = torch.minimum(boxes[..., :2], others[..., :2]), torch.maximum(boxes[..., 2:], others[..., 2:])
     hull = _area(low, high)
-    # Clamped far below the area of any real box, so that boxes without area divide 0 by something.
-    tiny = torch.finfo(boxes.dtype).tiny
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    return _share(intersection, union) - _share(hull - union, hull)
 
 
 def pairwise_generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
@@ -47,3 +45,9 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
     """Area of the boxes with corners low and high [..., 2], 0 where they are inverted."""
     size = (high - low).clamp(min=0)
     return size[..., 0] * size[..., 1]
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole; 0, and without a gradient, of a whole that is no area at all."""
+    tiny = torch.finfo(whole.dtype).tiny
+    return torch.where(whole >= tiny, part / whole.clamp(min=tiny), 0.0)

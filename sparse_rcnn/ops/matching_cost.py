@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,8 @@ def matching_cost(
     Args:
         logits: [S, B, N, K]; for ``softmax`` the last class is "no object".
         boxes: [S, B, N, 4] xyxy in pixels.
-        target_labels: [B, M] int64, padded to the largest count M with any valid label.
-        target_boxes: [B, M, 4] xyxy in pixels, padded with anything finite.
+        target_labels: [B, M] int64, padded to the largest count M with anything.
+        target_boxes: [B, M, 4] xyxy in pixels, padded with anything.
         target_counts: [B] int64, how many of the M are real.
         image_sizes: [B, 2] (height, width) by which the L1 distance is normalised, of the boxes' dtype.
         weights: of the class cost, the L1 distance and the IoU.
@@ -41,8 +43,8 @@ def matching_cost(
         classification: ``focal`` or ``softmax``.
 
     Returns:
-        [S, B, N, M] costs of the boxes' dtype without a gradient; 0 in padding, ``NON_FINITE_COST`` where a logit
-        or box is not finite.
+        [S, B, N, M] costs without a gradient, of the boxes' dtype but at least float32 (areas leave the range of the
+        half types); 0 in padding, ``NON_FINITE_COST`` where a logit or box is not finite or the label is no class.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
@@ -61,11 +63,13 @@ def matching_cost(
     if classification not in ("focal", "softmax"):
         raise ValueError(f"classification: expected focal or softmax, got {classification!r}")
     arguments = (logits, boxes, target_labels, target_boxes, target_counts, image_sizes)
-    triton = _library.kernels("matching_cost", boxes.device)
-    if triton is None:
+    kernels = _library.kernels("matching_cost", boxes.device)
+    if kernels is None:
         return matching_cost_reference(*arguments, weights, alpha, gamma, classification)
-    arguments = [argument.detach() for argument in arguments]
-    return triton.matching_cost(*arguments, weights, alpha, gamma, classification, NON_FINITE_COST)
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    arguments = [a.detach().to(dtype) if a.is_floating_point() else a for a in arguments]
+    options = ([float(weight) for weight in weights], alpha, gamma, classification, NON_FINITE_COST)
+    return kernels.matching_cost(*arguments, *options)
 
 
 @torch.no_grad()
@@ -82,15 +86,17 @@ def matching_cost_reference(
     classification: str = "focal",
 ) -> Tensor:
     """The specification of :func:`matching_cost`."""
-    S, B, N, _ = boxes.shape
+    S, B, N, K = logits.shape
     M = target_labels.shape[1]
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    logits, boxes, target_boxes, image_sizes = (t.to(dtype) for t in (logits, boxes, target_boxes, image_sizes))
     labels = target_labels.view(1, B, 1, M).expand(S, B, N, M)
-    logits = logits.to(boxes.dtype)
-    chosen = logits.gather(3, labels)
+    places = labels.clamp(0, K - 1)
+    chosen = torch.where(labels == places, logits.gather(3, places), torch.nan)
     if classification == "focal":
         class_cost = _focal_cost(chosen, alpha, gamma)
     else:
-        class_cost = -logits.softmax(-1).gather(3, labels)
+        class_cost = -logits.softmax(-1).gather(3, places)
     scale = image_sizes.flip(-1).repeat(1, 2)  # [B, 4] as (w, h, w, h)
     normalised = target_boxes / scale.view(B, 1, 4)
     l1_cost = torch.cdist(boxes / scale.view(1, B, 1, 4), normalised.expand(S, B, M, 4), p=1)
@@ -103,9 +109,9 @@ def matching_cost_reference(
 
 def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     """Focal loss as a positive minus focal loss as a negative; the 1e-8 inside the log is the official code's."""
-    p = logits.sigmoid()
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
-    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    p, q = logits.sigmoid(), (-logits).sigmoid()  # q is 1 - p, not rounded to a multiple of 6e-8
+    positive = alpha * q**gamma * -(p + 1e-8).log()
+    negative = (1 - alpha) * p**gamma * -(q + 1e-8).log()
     return positive - negative
 
 
@@ -127,4 +133,9 @@ def check_targets(batch: int, target_labels: Tensor, target_boxes: Tensor) -> No
     check_floating("target_boxes", target_boxes)
 
 
+def _fake(logits: Tensor, boxes: Tensor, target_labels: Tensor, *rest: Any) -> Tensor:
+    return boxes.new_empty(*boxes.shape[:3], target_labels.shape[1])
+
+
+_library.declare("matching_cost", fake=_fake)
 _library.declare_triton("matching_cost")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_rcnn.ops import _library
-from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape
+from sparse_rcnn.ops._check import check_floating, check_integral, check_same_device, check_shape, nan_unless_finite
 
 
 def set_focal_loss(
@@ -21,12 +21,12 @@ def set_focal_loss(
 
     Args:
         logits: [S, B, N, K] floating point.
-        matches: [S, B, M] int64, the proposal of each target, -1 for none.
-        target_labels: [B, M] int64 in 0..K-1 wherever there is a match.
+        matches: [S, B, M] int64, the proposal of each target, -1 (or anything else outside of 0..N-1) for none.
+        target_labels: [B, M] int64; a label outside of 0..K-1 makes no positive.
         alpha, gamma: weight of the positives, and the focusing exponent.
 
     Returns:
-        [S], the sum of each stage; divide it by the number of boxes.
+        [S], the sum of each stage; divide it by the number of boxes. Not finite where a logit of the stage is not.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
@@ -38,11 +38,12 @@ def set_focal_loss(
     check_integral("matches", matches)
     check_integral("target_labels", target_labels)
     check_same_device(logits=logits, matches=matches, target_labels=target_labels)
-    triton = _library.kernels("set_focal_loss", logits.device)
-    if triton is None:
+    kernels = _library.kernels("set_focal_loss", logits.device)
+    if kernels is None:
         return set_focal_loss_reference(logits, matches, target_labels, alpha, gamma)
     classes = matched_classes(matches, target_labels, logits.shape[2], logits.shape[3])
-    return _SetFocalLoss.apply(triton, logits, classes, alpha, gamma)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _SetFocalLoss.apply(kernels, wide, classes, alpha, gamma).to(logits.dtype)
 
 
 def set_focal_loss_reference(
@@ -50,25 +51,27 @@ def set_focal_loss_reference(
 ) -> Tensor:
     """The specification of :func:`set_focal_loss`."""
     K = logits.shape[3]
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     classes = matched_classes(matches, target_labels, logits.shape[2], K)  # [S, B, N], K for no match
-    targets = F.one_hot(classes, K + 1)[..., :K].to(logits.dtype)
-    p = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    miss = p * (1 - targets) + (1 - p) * targets
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return (weight * cross_entropy * miss**gamma).flatten(1).sum(1)
+    positive = classes.unsqueeze(-1) == torch.arange(K, device=logits.device)
+    # The loss of a positive is that of a negative with the sign of the logit turned, and another weight.
+    z = torch.where(positive, -x, x)
+    weight = torch.full_like(x, 1 - alpha).masked_fill(positive, alpha)
+    miss = z.sigmoid().clamp(min=torch.finfo(x.dtype).tiny)  # the slope of a power below 1 is infinite at 0
+    losses = weight * -F.logsigmoid(-z) * miss**gamma
+    return (losses.flatten(1).sum(1) + nan_unless_finite(x)).to(logits.dtype)
 
 
 def matched_classes(matches: Tensor, target_labels: Tensor, proposals: int, background: int) -> Tensor:
     """The class of every proposal, int64 [S, B, N]: its target's label, or ``background`` without a target.
 
     Args:
-        matches: [S, B, M], the proposal of each target, -1 for none.
+        matches: [S, B, M], the proposal of each target, anything outside of 0..proposals - 1 for none.
         target_labels: [B, M].
     """
     # One column more than there are proposals takes what the unmatched targets write, and is cut off.
     classes = matches.new_full((*matches.shape[:2], proposals + 1), background)
-    index = torch.where(matches < 0, proposals, matches)
+    index = torch.where(matches < 0, proposals, matches).clamp(max=proposals)
     return classes.scatter(2, index, target_labels.expand_as(matches))[..., :proposals]
 
 
@@ -76,8 +79,8 @@ class _SetFocalLoss(torch.autograd.Function):
     """The kernel makes the loss and its gradient in one pass; the backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, triton: Any, logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
-        loss, grad = triton.set_focal_loss(logits, classes, alpha, gamma)
+    def forward(ctx: Any, kernels: Any, logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
+        loss, grad = kernels.set_focal_loss(logits, classes, alpha, gamma)
         ctx.save_for_backward(grad)
         return loss
 
@@ -88,4 +91,9 @@ class _SetFocalLoss(torch.autograd.Function):
         return None, grad * grad_loss.view(-1, 1, 1, 1), None, None, None
 
 
+def _fake(logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
+
+
+_library.declare("set_focal_loss", fake=_fake)
 _library.declare_triton("set_focal_loss")

@@ -54,8 +54,9 @@ def test_feature_pyramid(golden_model, golden_images, golden_outputs):
         np.testing.assert_allclose(feature[:, ::32, ::5, ::5], expected, rtol=1e-4, atol=1e-4)
 
 
-# In case b one ReLU unit of the last box tower is within rounding of zero: on its other side, where the order of a
-# float32 sum can put it, these two norms are 3.12e-3 away. In float64, below, nothing is.
+# In case b unit 148 of the last box tower's third ReLU, of proposal 86 of the first image, is +1.4e-6 in float64, and
+# float32 results lie up to 3e-5 apart: in the kernels' order of summation it comes out at -1.3e-6, and with its
+# gradient gone these two norms are 3.12e-3 away. In float64, below, nothing is.
 AT_A_KINK = {("b", f"head.head_series.5.reg_module.1.{kind}") for kind in ("weight", "bias")}
 KINK_TOLERANCE = 3.2e-3
 
@@ -75,7 +76,11 @@ def test_losses_and_gradients_in_float64(golden_model, golden_images, golden_tra
     targets = _targets(fill, golden_training[case]["counts"])
     expected = golden_training[case]["float64"]
     losses, norms = _losses_and_norms(golden_model.double(), golden_images, targets, official_keys)
-    assert losses == pytest.approx(expected["losses_weighted"], rel=1e-7)
+    # The focal loss is of float32 in the official code: its sums are up to 1.6e-7 from the exact ones.
+    for name, loss in losses.items():
+        limit = 3e-7 if name.startswith("loss_ce") else 1e-7
+        assert loss == pytest.approx(expected["losses_weighted"][name], rel=limit), name
+    assert losses.keys() == expected["losses_weighted"].keys()
     assert norms == pytest.approx(expected["grad_norms"], rel=3e-4)
 
 

@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.measure import peak_memory
+from sparse_rcnn import ops
 from sparse_rcnn.losses import HungarianMatcher, PackedTargets
 from sparse_rcnn.ops import matching_cost
 
@@ -89,6 +91,52 @@ def test_outputs_that_are_not_finite_are_matched_last(bad):
     boxes[:] = bad
     matches = HungarianMatcher()(logits, boxes, targets, sizes)
     assert all(len(set(row)) == 3 for row in matches[:, 0].tolist())
+
+
+AWKWARD = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30)
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_any_predictions_have_a_valid_assignment(backend, classification):
+    generator = torch.Generator().manual_seed(0)
+    logits, boxes, targets, sizes = random_problem(N=6, K=4, counts=(4, 2))
+    targets.labels.clamp_(max=2)
+    matcher = HungarianMatcher(classification=classification)
+    for share in (0.05, 0.3, 0.7, 1.0) * 5:
+        broken = []
+        for tensor in (logits, boxes):
+            values = torch.tensor(AWKWARD)[torch.randint(len(AWKWARD), tensor.shape, generator=generator)]
+            broken.append(torch.where(torch.rand(tensor.shape, generator=generator) < share, values, tensor))
+        with ops.backend(backend):
+            matches = matcher(*broken, targets, sizes)
+        for row, count in ((row, count) for stage in matches for row, count in zip(stage, (4, 2), strict=True)):
+            assert len(set(row[:count].tolist())) == count and set(row[:count].tolist()) <= set(range(6))
+            assert (row[count:] == -1).all()
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_half_precision_predictions_that_are_not_finite(classification):
+    """Of float16, whose range the cost of such a pair leaves."""
+    logits, boxes, targets, sizes = random_problem()
+    targets = PackedTargets(targets.labels.clamp(max=1), targets.boxes.half(), targets.counts)
+    logits[0, 0, 1] = float("nan")
+    matches = HungarianMatcher(classification=classification)(logits.half(), boxes.half(), targets, sizes.half())
+    assert sorted(matches[0, 0].tolist()) == [0, 2, 3]
+
+
+def test_memory_is_that_of_the_padded_cost():
+    """S * B * N * max(M), where concatenated targets take N * sum(M) for each image of each stage."""
+    counts = (63, *[3] * 15)
+    logits, boxes, targets, sizes = random_problem(S=6, B=16, N=300, K=80, counts=counts)
+    matcher = HungarianMatcher()
+    cost_bytes, results = 6 * 16 * 300 * 63 * 4, 6 * 16 * 63 * 8
+    peak = peak_memory(lambda: matcher(logits, boxes, targets, sizes.repeat(8, 1)), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("the system does not tell the peak of resident memory")
+    scratch = 2 * torch.get_num_threads() * 300 * 63 * 8  # one problem of each thread in float64, and its pages
+    assert 0.5 * cost_bytes < peak < cost_bytes + results + scratch + 2**20
+    assert peak < 0.75 * 6 * 16 * 300 * sum(counts) * 4
 
 
 def test_no_gradient():

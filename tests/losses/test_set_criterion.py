@@ -8,6 +8,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
+from sparse_rcnn import ops
 from sparse_rcnn.losses import HungarianMatcher, PackedTargets, SetCriterion, pack_targets
 from sparse_rcnn.losses.set_criterion import mean_box_count
 
@@ -61,7 +62,7 @@ def slow_losses(logits, boxes, targets, classification="focal", no_object=0.1):
         classes = torch.full((B, N), K)
         for b in range(B):
             scale = torch.stack([SIZES[b, 1], SIZES[b, 0], SIZES[b, 1], SIZES[b, 0]])
-            for n, m in slow_match(logits[s, b], boxes[s, b], targets[b], SIZES[b], classification):
+            for n, m in slow_match(logits[s, b].detach(), boxes[s, b].detach(), targets[b], SIZES[b], classification):
                 box, target = boxes[s, b, n], targets[b]["boxes"][m]
                 classes[b, n] = targets[b]["labels"][m]
                 l1 = l1 + ((box - target) / scale).abs().sum()
@@ -77,10 +78,16 @@ def slow_losses(logits, boxes, targets, classification="focal", no_object=0.1):
     return losses
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("classification", ["focal", "softmax"])
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (7, 6), (0, 0)])
-def test_equals_the_slow_implementation(counts, classification):
+def test_equals_the_slow_implementation(counts, classification, backend):
     logits, boxes, targets = make_problem(counts, classes=K + (classification == "softmax"))
+    with ops.backend(backend):
+        check_against_slow(logits, boxes, targets, classification)
+
+
+def check_against_slow(logits, boxes, targets, classification):
     actual = make_criterion(classification)(logits, boxes, pack_targets(targets, K, boxes), SIZES)
     expected = slow_losses(logits, boxes, targets, classification)
     assert len(actual) == len(expected) == 9
@@ -90,38 +97,27 @@ def test_equals_the_slow_implementation(counts, classification):
         assert ours.item() == pytest.approx(value.item(), rel=tolerance, abs=1e-12), (name, stage)
 
 
-def test_gradients_are_those_of_the_slow_implementation():
-    logits, boxes, targets = make_problem()
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+@pytest.mark.parametrize("counts", [(3, 1), (7, 6), (0, 0)])
+def test_gradients_are_those_of_the_slow_implementation(counts, classification, backend):
+    logits, boxes, targets = make_problem(counts, classes=K + (classification == "softmax"))
+    with ops.backend(backend):
+        check_gradients_against_slow(logits, boxes, targets, classification)
+
+
+def check_gradients_against_slow(logits, boxes, targets, classification):
     logits.requires_grad_()
     boxes.requires_grad_()
-    losses = make_criterion()(logits, boxes, pack_targets(targets, K, boxes), SIZES)
+    losses = make_criterion(classification)(logits, boxes, pack_targets(targets, K, boxes), SIZES)
     actual = torch.autograd.grad(sum(losses.values()), (logits, boxes))
     with torch.enable_grad():
         detached = [t.detach().requires_grad_() for t in (logits, boxes)]
-        matched = slow_losses_with_graph(*detached, targets)
-        expected = torch.autograd.grad(matched, detached)
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
+        total = sum(slow_losses(*detached, targets, classification).values())
+        expected = torch.autograd.grad(total, detached, materialize_grads=True)
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if classification == "focal" else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-10, atol=1e-12)
-
-
-def slow_losses_with_graph(logits, boxes, targets):
-    """The sum of the slow losses, its matching taken from the values alone."""
-    pairs = [
-        [slow_match(logits[s, b].detach(), boxes[s, b].detach(), targets[b], SIZES[b], "focal") for b in range(2)]
-        for s in range(3)
-    ]
-    total = torch.zeros((), dtype=torch.float64)
-    for s in range(3):
-        for b in range(2):
-            one_hot = torch.zeros_like(logits[s, b])
-            scale = torch.stack([SIZES[b, 1], SIZES[b, 0], SIZES[b, 1], SIZES[b, 0]])
-            for n, m in pairs[s][b]:
-                box, target = boxes[s, b, n], targets[b]["boxes"][m]
-                one_hot[n, targets[b]["labels"][m]] = 1
-                giou = torchvision.ops.generalized_box_iou(box[None], target[None])[0, 0]
-                total = total + 5 * ((box - target) / scale).abs().sum() + 2 * (1 - giou)
-            total = total + 2 * torchvision.ops.sigmoid_focal_loss(logits[s, b], one_hot, 0.25, 2.0, "sum")
-    return total / 4
 
 
 def test_the_matchers_weights_are_the_losses():
@@ -140,6 +136,60 @@ def test_weight_of_no_object():
         losses = make_criterion("softmax", no_object_weight=weight)(logits, boxes, packed, SIZES)
         expected = slow_losses(logits, boxes, targets, "softmax", weight)
         assert losses["loss_ce"].item() == pytest.approx(expected["loss_ce", 2].item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("classes", [1, 1203])
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+def test_one_class_and_those_of_lvis(classes, gamma):
+    logits, boxes, targets = make_problem(classes=classes)
+    for target in targets:
+        target["labels"] = target["labels"] * (classes - 1) // (K - 1)
+    criterion = SetCriterion(HungarianMatcher(focal_gamma=gamma), classes)
+    packed = pack_targets(targets, classes, boxes)
+    losses = criterion(logits.requires_grad_(), boxes, packed, SIZES)
+    matches = criterion.matcher(logits, boxes, packed, SIZES)
+    one_hot = torch.zeros_like(logits, requires_grad=False)
+    for s, b, m in (
+        (s, b, m) for s in range(3) for b, target in enumerate(targets) for m in range(len(target["labels"]))
+    ):
+        one_hot[s, b, matches[s, b, m], targets[b]["labels"][m]] = 1
+    expected = 2 * torchvision.ops.sigmoid_focal_loss(logits, one_hot, 0.25, gamma, "none").flatten(1).sum(1) / 4
+    for s, name in enumerate(("loss_ce_0", "loss_ce_1", "loss_ce")):
+        assert losses[name].item() == pytest.approx(expected[s].item(), rel=1e-6)
+    grads = [torch.autograd.grad(total, logits)[0] for total in (sum(losses.values()), expected.sum())]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
+
+
+def test_without_objects_and_without_their_weight_there_is_no_softmax_loss():
+    logits, boxes, targets = make_problem((0, 0), classes=K + 1)
+    losses = make_criterion("softmax", no_object_weight=0.0)(logits, boxes, pack_targets(targets, K, boxes), SIZES)
+    assert [value.item() for value in losses.values()] == [0] * 9
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0), (7, 6)])
+def test_predictions_that_are_not_finite_show_in_the_losses_of_their_stage(counts, bad, classification):
+    """One logit, or one box, of an unmatched proposal is enough."""
+    clean = make_problem(counts, classes=K + (classification == "softmax"))
+    criterion = make_criterion(classification)
+    packed = pack_targets(clean[2], K, clean[1])
+    before = criterion(*clean[:2], packed, SIZES)
+    for index, names in enumerate((("loss_ce_1",), ("loss_bbox_1", "loss_giou_1"))):
+        tensors = [tensor.clone() for tensor in clean[:2]]
+        tensors[index][1, 1, 4, 3] = bad
+        losses = criterion(*tensors, packed, SIZES)
+        assert {name for name, value in losses.items() if not value.isfinite()} == set(names)
+        assert all(losses[name] == before[name] for name in losses if not name.endswith("_1"))
+
+
+def test_half_precision_predictions():
+    logits, boxes, targets = make_problem((3, 1))
+    packed = pack_targets(targets, K, boxes.float())
+    expected = make_criterion()(logits.bfloat16().float(), boxes.float(), packed, SIZES.float())
+    losses = make_criterion()(logits.bfloat16(), boxes.float(), packed, SIZES.float())
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
 
 
 def test_without_deep_supervision():

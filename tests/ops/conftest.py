@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,17 @@ class Backend:
 
     name: str
     namespace: str
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The specification, the CPU kernels, then the Triton kernels run by the interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("with a GPU the kernels are compiled: see tests/gpu")
+    with ops.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=["native", "emulated"])

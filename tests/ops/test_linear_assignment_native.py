@@ -12,7 +12,7 @@ from sparse_rcnn import ops
 def _problems(seed: int, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of random problems; costs are integers with many ties, integers with few, or normal."""
     rng = np.random.default_rng(seed)
-    batch, proposals, targets = rng.integers(1, 4), rng.integers(0, largest), rng.integers(0, largest)
+    batch, proposals, targets = rng.integers(1, 8), rng.integers(0, largest), rng.integers(0, largest)
     shape = (batch, proposals, targets)
     costs = [rng.integers(0, 3, shape), rng.integers(-20, 20, shape), rng.standard_normal(shape)][seed % 3]
     dtype = torch.float64 if seed % 2 else torch.float32
@@ -20,11 +20,11 @@ def _problems(seed: int, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_thousand_problems_equal_scipy(backend) -> None:
-    solved = 0
+    solved = 0  # of integers, among which there are ties
     for seed in range(600):
         cost, counts = _problems(seed, 24)
         assert torch.equal(ops.linear_assignment(cost, counts), ops.linear_assignment_reference(cost, counts)), seed
-        solved += len(counts)
+        solved += len(counts) if seed % 3 < 2 else 0
     assert solved >= 1000
 
 

@@ -8,8 +8,14 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_rcnn import ops
 from sparse_rcnn.ops import matching_cost
 from sparse_rcnn.ops.matching_cost import NON_FINITE_COST
+
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning:triton"),
+]
 
 
 def make_boxes(*shape, generator):
@@ -86,7 +92,8 @@ def test_softmax_costs_the_negated_probability():
 
 def test_padding_costs_nothing_whatever_it_holds():
     arguments = make_arguments(counts=(3, 1))
-    arguments[3][1, 1:] = 1e30
+    arguments[2][1, 1:] = torch.tensor([-5, 10**9])
+    arguments[3][1, 1:] = torch.tensor([[1e30], [float("nan")]])
     cost = matching_cost(*arguments)
     assert torch.equal(cost[:, 1, :, 1:], torch.zeros(2, 4, 2, dtype=torch.float64))
     assert (cost[:, 1, :, 0] != 0).all()
@@ -184,3 +191,48 @@ def test_an_infinite_logit_costs_as_one_that_is_not_a_number():
     arguments[0][0, 0, 1] = float("inf")
     cost = matching_cost(*arguments)
     assert (cost[0, 0, 1, : arguments[4][0]] == NON_FINITE_COST).all()
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+@pytest.mark.parametrize("label", [-1, 5, 10**9])
+def test_a_label_that_is_no_class_costs_the_most(label, classification):
+    arguments = make_arguments(counts=(3, 3), K=5)
+    clean = matching_cost(*arguments, classification=classification)
+    arguments[2][1, 2] = label
+    cost = matching_cost(*arguments, classification=classification)
+    assert torch.equal(cost[:, 1, :, 2], torch.full((2, 4), NON_FINITE_COST, dtype=torch.float64))
+    cost[:, 1, :, 2] = clean[:, 1, :, 2]
+    assert torch.equal(cost, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_boxes_cost_in_float32(dtype):
+    """Of float16 neither an area nor the cost of what is not finite would be finite."""
+    arguments = [a.to(dtype) if a.is_floating_point() else a for a in make_arguments(counts=(3, 3))]
+    arguments[1][0, 0, 0, 0] = float("nan")
+    cost = matching_cost(*arguments)
+    assert cost.dtype == torch.float32 and cost.isfinite().all()
+    assert (cost[0, 0, 0] == NON_FINITE_COST).all()
+    wide = [a.float() if a.is_floating_point() else a for a in arguments]
+    torch.testing.assert_close(cost, matching_cost(*wide), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("box", [[20.0, 20, 20, 20], [20, 10, 20, 50], [50, 50, 20, 10], [-1e38, -1e38, 1e38, 1e38]])
+def test_boxes_and_targets_without_area_or_beyond_all_areas_have_a_finite_cost(box):
+    arguments = [a.float() if a.is_floating_point() else a for a in make_arguments(counts=(3, 3))]
+    arguments[1][0, 1, 2] = arguments[3][0, 1] = torch.tensor(box)
+    cost = matching_cost(*arguments)
+    assert cost.isfinite().all()
+    with ops.backend("reference"):
+        torch.testing.assert_close(cost, matching_cost(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_float32_over_the_whole_range_of_logits(gamma):
+    arguments = make_arguments(counts=(3, 3), N=81, S=1, K=1)
+    arguments = [a.float() if a.is_floating_point() else a for a in arguments]
+    arguments[0] = torch.linspace(-100, 100, 81)[:, None].expand(1, 2, 81, 1).contiguous()
+    cost = matching_cost(*arguments, gamma=gamma)
+    with ops.backend("reference"):
+        exact = matching_cost(*[a.double() if a.is_floating_point() else a for a in arguments], gamma=gamma)
+    torch.testing.assert_close(cost.double(), exact, rtol=1e-5, atol=1e-5)

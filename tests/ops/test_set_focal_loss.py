@@ -6,8 +6,14 @@ import pytest
 import torch
 import torchvision
 
+from sparse_rcnn import ops
 from sparse_rcnn.ops import set_focal_loss
 from sparse_rcnn.ops.set_focal_loss import matched_classes
+
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning:triton"),
+]
 
 
 def make_arguments(S=2, B=2, N=5, M=3, K=4, seed=0):
@@ -83,6 +89,54 @@ def test_huge_logits_stay_finite():
     # Proposal 0 is right; proposal 1 misses its class by 1e4 and is sure of the other: (0.25 + 0.75) * 1e4.
     torch.testing.assert_close(loss.detach(), torch.tensor([1e4]))
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_a_logit_that_is_not_finite_shows_in_the_loss_of_its_stage(bad, gamma):
+    logits, matches, labels = make_arguments(3, 2, 5, 3, 4)
+    clean = set_focal_loss(logits, matches, labels, 0.25, gamma)
+    logits[1, 1, 4, 3] = bad
+    loss = set_focal_loss(logits, matches, labels, 0.25, gamma)
+    assert loss.isfinite().tolist() == [True, False, True]
+    assert torch.equal(loss[::2], clean[::2])
+
+
+@pytest.mark.parametrize(("match", "label"), [(5, 1), (10**9, 1), (-7, 1), (2, 4), (2, -1), (2, 10**9)])
+def test_a_match_or_a_label_out_of_range_is_none(match, label):
+    logits, matches, labels = make_arguments(2, 1, 5, 3, 4)
+    matches[:] = torch.tensor([0, 1, -1])
+    expected = set_focal_loss(logits, matches, labels)
+    matches[..., 2], labels[..., 2] = match, label
+    assert torch.equal(set_focal_loss(logits, matches, labels), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_summed_in_float32(dtype):
+    logits, matches, labels = make_arguments(2, 2, 30, 3, 4)
+    half, wide = (logits.to(dtype).requires_grad_(), logits.to(dtype).float().requires_grad_())
+    loss, expected = set_focal_loss(half, matches, labels), set_focal_loss(wide, matches, labels)
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    loss.sum().backward(), expected.sum().backward()
+    torch.testing.assert_close(half.grad, wide.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("K", [1, 7])
+def test_float32_over_the_whole_range_of_logits(gamma, K):
+    """Also where 1 - sigmoid(x) and 1 + exp(x) have rounded everything away."""
+    logits = torch.linspace(-100, 100, 81)[:, None, None, None].expand(81, 1, 2, K).contiguous()
+    matches, labels = torch.zeros(81, 1, 1, dtype=torch.int64), torch.full((1, 1), K - 1)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x = logits.to(dtype).requires_grad_()
+        with ops.backend(ops._library.active_backend() if dtype == torch.float32 else "reference"):
+            loss = set_focal_loss(x, matches, labels, 0.25, gamma)
+        results.append((loss.double(), torch.autograd.grad(loss.sum(), x)[0].double()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    (_, grad), (_, exact) = results  # nor do the easy negatives lose their digits
+    torch.testing.assert_close(grad[:40, 0, 1], exact[:40, 0, 1], rtol=1e-5, atol=1e-36)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
