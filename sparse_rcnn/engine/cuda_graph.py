@@ -138,6 +138,7 @@ class GraphedStep:
         for static, tensor in zip(graph.inputs.tensors(), batch.tensors(), strict=True):
             static.copy_(tensor, non_blocking=True)
         graph.replay()
+        self.step.count_update()
 
     def _capture_now(self, key: tuple) -> bool:
         if self._runs[key] < WARM_UP_STEPS:

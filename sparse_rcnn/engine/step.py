@@ -54,10 +54,15 @@ class TrainStep:
         self.stopped.logical_or_(report.isfinite().all().logical_not())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.count_update()
         self.names = tuple(losses)
         if self.report is None:
             self.report = torch.empty_like(report)
         self.report.copy_(report)
+
+    def count_update(self) -> None:
+        """Raise the parameters' versions, by which others see that they were written to: the fused kernels do not."""
+        torch.autograd.graph.increment_version(self.parameters)
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,19 @@ def test_a_learning_rate_that_is_a_tensor_reaches_the_replays():
     assert moved > 0.8 * len(before), "all but a few biases that no gradient reaches"
 
 
+def test_whoever_watches_the_parameters_sees_a_replay():
+    """Of which Python knows nothing."""
+    step, _, _ = graphed(make_step())
+    first, second = batches_of(step.step.model, [(SMALL, (3, 1))] * 2)
+    for _ in range(WARM_UP_STEPS + 1):
+        step(first)
+    (captured,) = step._graphs.values()
+    captured.replay = lambda: None
+    before = [parameter._version for parameter in step.step.parameters]
+    step(second)
+    assert all(parameter._version > version for parameter, version in zip(step.step.parameters, before, strict=True))
+
+
 def test_a_bad_batch_stops_the_replays_too():
     step, _, _ = graphed(make_step())
     images, targets = sample(0)

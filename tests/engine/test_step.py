@@ -152,6 +152,13 @@ def test_the_step_is_that_of_a_plain_loop():
         assert torch.equal(a, b) and a.grad is None
 
 
+def test_whoever_watches_the_parameters_sees_the_update():
+    step = make_step()
+    before = [parameter._version for parameter in step.parameters]
+    step(step.model.prepare(*sample(0)))
+    assert all(parameter._version > version for parameter, version in zip(step.parameters, before, strict=True))
+
+
 BAD_LOSSES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
