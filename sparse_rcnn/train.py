@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_rcnn.engine.checkpoint import load_checkpoint
-from sparse_rcnn.engine.trainer import TrainConfig, Trainer
+from sparse_rcnn.engine.config import TrainConfig
+from sparse_rcnn.engine.trainer import Trainer
 
 # What a run is made of; on --resume it comes from the checkpoint and must not be given differently.
 _FIXED = ("data", "preset", "weights", "backbone", "backbone_weights", "set", "seed", "batch_size")

@@ -8,7 +8,7 @@ import torch
 
 from sparse_rcnn import evaluate, train
 from sparse_rcnn.engine.checkpoint import load_checkpoint
-from sparse_rcnn.engine.trainer import TrainConfig
+from sparse_rcnn.engine.config import TrainConfig
 
 QUICK = ["--backbone", "resnet18", "--backbone-weights", "none", "--steps", "2", "--batch-size", "1", "--device", "cpu"]
 SET = ["--set", "num_stages=2", "num_proposals=10", "hidden_dim=32", "num_heads=4", "min_size=64", "max-size=96"]
@@ -113,6 +113,12 @@ def test_flags_that_do_not_parse_are_one_line_and_exit_2(main, name, arguments, 
         main(arguments)
     assert exit_.value.code == 2
     one_line_error(capsys, name)
+
+
+def test_a_cuda_graph_needs_a_gpu(run, tmp_path, capsys):
+    assert run("--cuda-graph") == 2
+    assert "cuda_graph: expected a CUDA device, got cpu" in one_line_error(capsys, "train")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_image_that_cannot_be_read_is_named_and_exits_1(write_coco, tmp_path, capsys):
