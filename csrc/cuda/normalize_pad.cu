@@ -1,14 +1,14 @@
 // Resize, normalise, pad and cast on the GPU, a batch in one launch (of 32 images).
 //
 // A block makes a tile of 16 rows of 64 pixels. It takes the input rows that the tile sees 32 at a
-// time: the horizontal pass of these goes to shared memory, a thread a column, 8 rows each, so that
-// a weight is read once for 24 products; the vertical pass adds them to sums in registers, four
+// time: the horizontal pass of these goes to shared memory, a thread a column, 4 rows at once, so
+// that a weight is read once for 12 products; the vertical pass adds them to sums in registers, four
 // adjacent values a thread. How far an image shrinks is therefore not limited. Weights lie in shared
 // memory, up to kTableTaps an output pixel; of more each thread computes its own anew. Sizes are
 // read from device memory: a captured launch obeys new ones. Reads and writes bound it where it is
 // not the launch: 0.9 MB and 6.4 MB for 640x480 to 800x1066 in bfloat16.
 //
-// budget: normalize_pad_kernel: 64 registers, 20480 bytes shared, 256 threads
+// budget: normalize_pad_kernel: 80 registers, 18368 bytes shared, 256 threads
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -28,9 +28,10 @@ constexpr int kRowValues = 3 * kColumns;
 constexpr int kChunk = 32;  // input rows in shared memory
 constexpr int kTableTaps = 32;
 constexpr int kGroups = kThreads / kColumns;  // of threads, which share the rows of a chunk
-constexpr int kRowsPerThread = kChunk / kGroups;
+constexpr int kRowsPerThread = 4;             // at a time
 constexpr int kQuad = 4;  // values that a thread reads, sums and writes together
-constexpr int kQuadsPerThread = kRows * kRowValues / kQuad / kThreads;
+constexpr int kRowQuads = kRowValues / kQuad;
+constexpr int kQuadsPerThread = kRows * kRowQuads / kThreads;
 constexpr int kMaxImages = 32;  // a launch; their views fill half of the kernel's argument block
 
 struct Batch {
@@ -43,6 +44,7 @@ struct Batch {
 // The weights that a tile needs, one axis of it: an output pixel a thread.
 template <int kCount>
 struct TileAxis {
+  ResampleAxis axis;
   ResampleWindow windows[kCount];
   int weights[kTableTaps][kCount];
 };
@@ -54,70 +56,72 @@ struct Tile {
 };
 
 template <int kCount>
-__device__ void fill_axis(TileAxis<kCount>& axis, int place, const ResampleAxis& of, int index,
+__device__ void fill_axis(TileAxis<kCount>& tile, int place, const ResampleAxis& axis, int index,
                           int limit) {
   ResampleWindow window{0.0, 0.0, 0, 0};
-  if (index < limit) window = resample_window(of, index);
-  axis.windows[place] = window;
+  if (index < limit) window = resample_window(axis, index);
+  tile.windows[place] = window;
+  if (place == 0) tile.axis = axis;
   if (window.count > kTableTaps) return;
   for (int tap = 0; tap < window.count; ++tap) {
-    axis.weights[tap][place] = resample_weight(of, window, tap);
+    tile.weights[tap][place] = resample_weight(axis, window, tap);
   }
 }
 
 template <int kCount>
-__device__ __forceinline__ int weight_of(const TileAxis<kCount>& axis, const ResampleAxis& of,
-                                         int place, int tap) {
-  if (axis.windows[place].count <= kTableTaps) return axis.weights[tap][place];
-  return resample_weight(of, axis.windows[place], tap);
+__device__ __forceinline__ int weight_of(const TileAxis<kCount>& tile, int place, int tap) {
+  if (tile.windows[place].count <= kTableTaps) return tile.weights[tap][place];
+  return resample_weight(tile.axis, tile.windows[place], tap);
 }
 
 __device__ __forceinline__ int level_of(int sum) { return min(sum >> kResampleBits, 255); }
 
 // The horizontal pass over input rows `begin` to `end`, at most kChunk of them.
-__device__ void resample_rows(const ImageView& image, int64_t row_stride, const ResampleAxis& axis,
-                              int begin, int end, Tile& tile) {
-  const int column = threadIdx.x % kColumns, group = threadIdx.x / kColumns;
+__device__ void resample_rows(const ImageView& image, int64_t row_stride, int begin, int end,
+                              Tile& tile) {
+  const int column = threadIdx.x % kColumns;
   const ResampleWindow& window = tile.columns.windows[column];
   const int count = window.count;
-  const int64_t step = kGroups * row_stride;
-  const uint8_t* pixel = image.data + (int64_t{begin} + group) * row_stride +
-                         window.begin * image.pixel_stride;
-  int sums[kRowsPerThread][3];
-#pragma unroll
-  for (int k = 0; k < kRowsPerThread; ++k) {
-    sums[k][0] = sums[k][1] = sums[k][2] = kResampleHalf;
-  }
-  for (int tap = 0; tap < count; ++tap) {
-    const int weight = weight_of(tile.columns, axis, column, tap);
+  // The row is the same for a whole warp.
+  for (int row = begin + threadIdx.x / kColumns; row < end; row += kGroups * kRowsPerThread) {
+    const uint8_t* pixel = image.data + row * row_stride + window.begin * image.pixel_stride;
+    int sums[kRowsPerThread][3];
 #pragma unroll
     for (int k = 0; k < kRowsPerThread; ++k) {
-      if (begin + group + k * kGroups < end) {  // the same for a whole warp
+      sums[k][0] = sums[k][1] = sums[k][2] = kResampleHalf;
+    }
+    for (int tap = 0; tap < count; ++tap) {
+      const int weight = weight_of(tile.columns, column, tap);
+#pragma unroll
+      for (int k = 0; k < kRowsPerThread; ++k) {
+        if (row + k * kGroups >= end) break;
+        const uint8_t* from = pixel + k * kGroups * row_stride;
 #pragma unroll
         for (int channel = 0; channel < 3; ++channel) {
-          sums[k][channel] += weight * __ldg(pixel + k * step + channel * image.channel_stride);
+          sums[k][channel] += weight * __ldg(from + channel * image.channel_stride);
         }
       }
+      pixel += image.pixel_stride;
     }
-    pixel += image.pixel_stride;
-  }
 #pragma unroll
-  for (int k = 0; k < kRowsPerThread; ++k) {
+    for (int k = 0; k < kRowsPerThread; ++k) {
+      if (row + k * kGroups >= end) break;
+      uint8_t* levels = &tile.pixels[row + k * kGroups - begin][3 * column];
 #pragma unroll
-    for (int channel = 0; channel < 3; ++channel) {
-      tile.pixels[group + k * kGroups][3 * column + channel] =
-          static_cast<uint8_t>(level_of(sums[k][channel]));
+      for (int channel = 0; channel < 3; ++channel) {
+        levels[channel] = static_cast<uint8_t>(level_of(sums[k][channel]));
+      }
     }
   }
 }
 
 // The vertical pass: adds the rows `begin` to `end` to the four sums at (row, value) of the tile.
-__device__ __forceinline__ void add_rows(const Tile& tile, const ResampleAxis& axis, int begin,
-                                         int end, int row, int value, int (&sums)[kQuad]) {
+__device__ __forceinline__ void add_rows(const Tile& tile, int begin, int end, int row, int value,
+                                         int (&sums)[kQuad]) {
   const ResampleWindow& window = tile.rows.windows[row];
   const int first = max(window.begin, begin), last = min(window.begin + window.count, end);
   for (int y = first; y < last; ++y) {
-    const int weight = weight_of(tile.rows, axis, row, y - window.begin);
+    const int weight = weight_of(tile.rows, row, y - window.begin);
     const Vec<uint8_t, kQuad> levels = load_vec<kQuad>(&tile.pixels[y - begin][value]);
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) sums[k] += weight * levels[k];
@@ -154,7 +158,7 @@ __device__ __forceinline__ void write_quad(const Batch& batch, const int (&sums)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     normalize_pad_kernel(const __grid_constant__ Batch batch, T* out) {
   SPARSE_RCNN_SHARED(Tile, shared, 1);
   Tile& tile = shared[0];
@@ -172,27 +176,25 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int k = 0; k < kQuad; ++k) sums[j][k] = kResampleHalf;
   }
   if (row < sizes.new_height && column < sizes.new_width) {  // the whole block
-    const ResampleAxis horizontal = resample_axis(sizes.width, sizes.new_width);
-    const ResampleAxis vertical = resample_axis(sizes.height, sizes.new_height);
     const int thread = threadIdx.x;
     if (thread < kColumns) {
-      fill_axis(tile.columns, thread, horizontal, column + thread, sizes.new_width);
+      const ResampleAxis axis = resample_axis(sizes.width, sizes.new_width);
+      fill_axis(tile.columns, thread, axis, column + thread, sizes.new_width);
     } else if (thread < kColumns + kRows) {
-      const int place = thread - kColumns;
-      fill_axis(tile.rows, place, vertical, row + place, sizes.new_height);
+      const ResampleAxis axis = resample_axis(sizes.height, sizes.new_height);
+      fill_axis(tile.rows, thread - kColumns, axis, row + thread - kColumns, sizes.new_height);
     }
     __syncthreads();
     const ResampleWindow& lowest = tile.rows.windows[min(kRows, sizes.new_height - row) - 1];
     const int end = lowest.begin + lowest.count;
     for (int begin = tile.rows.windows[0].begin; begin < end; begin += kChunk) {
       const int chunk_end = min(begin + kChunk, end);
-      resample_rows(image, sizes.row_stride, horizontal, begin, chunk_end, tile);
+      resample_rows(image, sizes.row_stride, begin, chunk_end, tile);
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < kQuadsPerThread; ++j) {
         const int quad = threadIdx.x + j * kThreads;
-        add_rows(tile, vertical, begin, chunk_end, quad / (kRowValues / kQuad),
-                 quad % (kRowValues / kQuad) * kQuad, sums[j]);
+        add_rows(tile, begin, chunk_end, quad / kRowQuads, quad % kRowQuads * kQuad, sums[j]);
       }
       __syncthreads();
     }
@@ -200,10 +202,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
   for (int j = 0; j < kQuadsPerThread; ++j) {
     const int quad = threadIdx.x + j * kThreads;
-    const int y = row + quad / (kRowValues / kQuad);
+    const int y = row + quad / kRowQuads;
     if (y < batch.height) {
       T* out_row = out + (blockIdx.y * batch.height + y) * batch.width * 3;
-      write_quad(batch, sums[j], 3 * int64_t{column} + quad % (kRowValues / kQuad) * kQuad,
+      write_quad(batch, sums[j], 3 * int64_t{column} + quad % kRowQuads * kQuad,
                  y < sizes.new_height ? 3 * int64_t{sizes.new_width} : 0, out_row);
     }
   }
