@@ -136,7 +136,7 @@ WITHIN = (
         ({"sizes": SIZES[0]}, ValueError, r"sizes: expected shape \[1, 4\], got \[4\]"),
         ({"sizes": SIZES.int()}, TypeError, "sizes: expected an int64 tensor, got torch.int32"),
         ({"sizes": [[4, 6, 5, 7]]}, TypeError, "sizes: expected a tensor, got list"),
-        ({"sizes": torch.tensor([[5, 6, 5, 7]])}, ValueError, WITHIN + r" four zeros, got \[5, 6, 5, 7\]"),
+        ({"sizes": torch.tensor([[5, 6, 5, 7]])}, ValueError, WITHIN + r" zeros, got \[5, 6, 5, 7\]"),
         ({"sizes": torch.tensor([[4, 7, 5, 7]])}, ValueError, WITHIN),
         ({"sizes": torch.tensor([[4, 6, 9, 7]])}, ValueError, WITHIN),
         ({"sizes": torch.tensor([[4, 6, 5, 9]])}, ValueError, WITHIN),
