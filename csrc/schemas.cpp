@@ -91,6 +91,12 @@ SPARSE_RCNN_LIBRARY(SPARSE_RCNN_NAMESPACE, m) {
       "set_box_loss(Tensor boxes, Tensor matches, Tensor target_boxes, Tensor image_sizes) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
+  // uint8 images B x [3, h, w] or [bytes], sizes [B, 4] (height, width, and those after the resize)
+  // -> [B, height, width, 3] of `dtype`
+  m.def(
+      "normalize_pad(Tensor[] images, Tensor sizes, int height, int width, float[] mean, "
+      "float[] std, ScalarType dtype) -> Tensor");
+
   // What was built, for doctor.
   m.def("cpu_capability() -> str");
   m.def("cuda_architectures() -> str");
