@@ -179,7 +179,7 @@ def test_default_weights_name_what_is_missing(monkeypatch, tmp_path):
 
 
 def test_real_model_equals_the_steps_by_hand(tiny_weights, pixels):
-    predictor = Predictor(tiny_weights, device="cpu")
+    predictor = Predictor(tiny_weights, device="cpu", optimize=False)
     found = predictor.predict(pixels, return_stages=True)
     model = predictor.model
     assert not model.training
@@ -202,8 +202,8 @@ def test_real_model_equals_the_steps_by_hand(tiny_weights, pixels):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types_keep_float32_boxes_near_the_reference(tiny_weights, pixels, dtype):
-    reference = Predictor(tiny_weights, device="cpu").predict(pixels, return_stages=True)
-    found = Predictor(tiny_weights, device="cpu", dtype=dtype).predict(pixels, return_stages=True)
+    reference = Predictor(tiny_weights, device="cpu", optimize=False).predict(pixels, return_stages=True)
+    found = Predictor(tiny_weights, device="cpu", dtype=dtype, optimize=False).predict(pixels, return_stages=True)
     assert found.boxes.dtype == np.float32
     assert not np.array_equal(found.stage_scores, reference.stage_scores)  # autocast did something
     np.testing.assert_allclose(found.stage_scores[0], reference.stage_scores[0], rtol=0.1)
