@@ -37,20 +37,14 @@ def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     """
     with evaluating(backbone):
         graph = _Tracer().trace(backbone)
-    module = fx.GraphModule(backbone, graph, "FusedBackbone").eval()
-    for rewrite in (
-        _drop_identities,
-        _fold_norms,
-        _read_sizes_before,
-        _fuse_activations,
-        _fuse_sums,
-        _fuse_activations,
-    ):
+    module = fx.GraphModule(backbone, graph, "FusedBackbone")
+    for rewrite in (_drop_identities, _fold_norms, _read_sizes_before, _fuse_activations, _fuse_sums):
         rewrite(module)
     _convert(module, device, dtype)
+    module.delete_all_unused_submodules()  # those that were folded are still the detector's
     module.graph.lint()
     module.recompile()
-    return module
+    return module.eval()
 
 
 @contextlib.contextmanager
@@ -123,16 +117,20 @@ def _fuse_activations(module: fx.GraphModule) -> None:
     """Let convolutions apply the activation that alone reads their result."""
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes):
-        conv, act_node = _module_of(node, modules), _only_user(node)
-        if not isinstance(conv, FusedConv2d) or conv.activation is not None or act_node is None:
-            continue
-        activation = _activation_of(act_node, modules)
-        has_residual = len(node.args) == 2
-        if activation is None or has_residual and activation.name != "relu":
-            continue
-        conv.activation = activation
-        act_node.replace_all_uses_with(node)
-        module.graph.erase_node(act_node)
+        _fuse_activation(module, node, modules)
+
+
+def _fuse_activation(module: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
+    conv, act_node = _module_of(node, modules), _only_user(node)
+    if not isinstance(conv, FusedConv2d) or conv.activation is not None or act_node is None:
+        return
+    activation = _activation_of(act_node, modules)
+    has_residual = len(node.args) == 2
+    if activation is None or has_residual and activation.name != "relu":
+        return
+    conv.activation = activation
+    act_node.replace_all_uses_with(node)
+    module.graph.erase_node(act_node)
 
 
 def _fuse_sums(module: fx.GraphModule) -> None:
@@ -155,6 +153,7 @@ def _fuse_sums(module: fx.GraphModule) -> None:
         node.replace_all_uses_with(fused)
         module.graph.erase_node(node)
         module.graph.erase_node(conv_node)
+        _fuse_activation(module, fused, modules)  # now, so that the next sum sees whose result this is
 
 
 def _convert(module: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> None:

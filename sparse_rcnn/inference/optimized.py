@@ -107,7 +107,6 @@ class OptimizedSparseRCNN:
             StaleWeightsError: the model's weights changed.
             torch.OutOfMemoryError: even a single image is too much for the GPU's memory.
         """
-        self._check_weights()
         return self._detect(list(images), list(sizes), padded_shape(sizes))
 
     def warm_up(self, size: tuple[int, int], images: int | None = None) -> None:
@@ -170,6 +169,7 @@ class OptimizedSparseRCNN:
         rows = [(*image.shape[1:], *size) for image, size in zip(images, sizes, strict=True)]
         captured = self._buckets.find(len(images), *shape) if self._buckets else None
         if captured is None:
+            self._check_weights()
             images = [image.to(self.device, non_blocking=True) for image in images]
             return _split(self._program(images, torch.tensor(rows).to(self.device), shape), len(images))
         reduced = [
@@ -178,6 +178,7 @@ class OptimizedSparseRCNN:
         ]
         captured.inputs.fill(reduced, [(*image.shape[1:], *size) for image, size in zip(reduced, sizes, strict=True)])
         captured.replay()
+        self._check_weights()  # while the GPU works
         results = _split(captured.outputs, len(images))
         for result, image, fed in zip(results, images, reduced, strict=True):
             if fed is not image:
