@@ -66,13 +66,13 @@ class FusedConv2d(nn.Module):
     activation is a ReLU; elsewhere PyTorch's own operators, one after the other.
 
     Args:
-        weight: [Co, Ci / groups, h, w].
-        bias: [Co] or None.
-        conv: where stride, padding, dilation and groups are read from; a convolution of timm's with TensorFlow's
-            "same" padding is known by its type's name.
+        conv: gives weight, bias and geometry; a convolution of timm's with TensorFlow's "same" padding is known by its
+            type's name.
+        norm: the BatchNorm behind it, see :func:`fold_norm`, or None.
+        device, dtype: of weights, inputs and results.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.stride, self.dilation, self.groups = list(conv.stride), list(conv.dilation), conv.groups
         self.kernel = list(conv.kernel_size)
@@ -81,18 +81,14 @@ class FusedConv2d(nn.Module):
         self.activation: Activation | None = None
         # Whether ``residual`` is used by nobody else, so that the result can take its place.
         self.overwrite = False
+        weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+        if norm is not None:
+            weight, bias = fold_norm(weight, bias, norm)
+        # Not in oneDNN's own blocked layouts: one that suits an input size is up to ten times slower for another, and
+        # no more than 2 % faster over a ResNet-50 for its own.
+        weight = weight.to(device, dtype).clone(memory_format=torch.channels_last)
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.onednn = False
-
-    def finish(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Round the weights, in float64 so far, to ``dtype`` and lay them out for the device.
-
-        Not in oneDNN's own blocked layouts: one that suits an input size is up to ten times slower for another, and no
-        more than 2 % faster over a ResNet-50 for its own.
-        """
-        self.weight = self.weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
-        self.bias = None if self.bias is None else self.bias.to(device, dtype)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(device, dtype))
         self.onednn = device.type == "cpu" and has_onednn(dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sparse_rcnn.inference.convolution import Activation, FusedConv2d, fold_norm
+from sparse_rcnn.inference.convolution import Activation, FusedConv2d
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
@@ -38,8 +38,11 @@ def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     with evaluating(backbone):
         graph = _Tracer().trace(backbone)
     module = fx.GraphModule(backbone, graph, "FusedBackbone")
-    for rewrite in (_drop_identities, _fold_norms, _read_sizes_before, _fuse_activations, _fuse_sums):
-        rewrite(module)
+    _drop_identities(module)
+    _fold_norms(module, device, dtype)
+    _read_sizes_before(module)
+    _fuse_activations(module)
+    _fuse_sums(module)
     _convert(module, device, dtype)
     module.delete_all_unused_submodules()  # those that were folded are still the detector's
     module.graph.lint()
@@ -83,20 +86,17 @@ def _read_sizes_before(module: fx.GraphModule) -> None:
                 user.args = (node.args[0], "shape")
 
 
-def _fold_norms(module: fx.GraphModule) -> None:
+def _fold_norms(module: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> None:
     """Put a :class:`FusedConv2d` in place of every convolution, with the BatchNorm behind it folded in."""
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes):
         conv = _module_of(node, modules)
         if not _is_plain_conv(conv) or _calls(module, node.target) != 1:
             continue
-        weight, bias = conv.weight.detach().double(), conv.bias
         norm_node = _only_user(node)
         norm = None if norm_node is None else _module_of(norm_node, modules)
         folds = _is_norm(norm) and _calls(module, norm_node.target) == 1
-        if folds:
-            weight, bias = fold_norm(conv.weight.detach(), bias, norm)
-        _set(module, node.target, FusedConv2d(weight, None if bias is None else bias.detach().double(), conv))
+        _set(module, node.target, FusedConv2d(conv, norm if folds else None, device, dtype))
         if folds:
             _activate(module, norm_node, getattr(norm, "act", None))
             norm_node.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: True)
@@ -161,9 +161,7 @@ def _convert(module: fx.GraphModule, device: torch.device, dtype: torch.dtype) -
     modules = dict(module.named_modules())
     for target in {node.target for node in module.graph.nodes if node.op == "call_module"}:
         layer = modules[target]
-        if isinstance(layer, FusedConv2d):
-            layer.finish(device, dtype)
-        else:
+        if not isinstance(layer, FusedConv2d):
             _set(module, target, copy.deepcopy(layer).to(device, dtype, memory_format=torch.channels_last))
     for target in {node.target for node in module.graph.nodes if node.op == "get_attr"}:
         tensor = operator.attrgetter(target)(module).detach()

@@ -72,8 +72,6 @@ class OptimizedSparseRCNN:
         self.model, self.config, self.batch_size = model, model.config, batch_size
         self.device = weight.device if device is None else torch.empty(0, device=device).device
         self.dtype = resolve_dtype(self.device, dtype)
-        if keep_memory and self.device.type == "cpu":
-            keep_freed_memory()
         self._guard = WeightGuard(model)
         with torch.inference_mode():
             backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
@@ -81,6 +79,8 @@ class OptimizedSparseRCNN:
         self._program = Program(model, backbone, head, self.device, self.dtype)
         capture = GraphCapture() if capture is None and self.device.type == "cuda" else capture
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
+        if keep_memory and self.device.type == "cpu":
+            keep_freed_memory()  # only now: what was needed to fold is given back
         for size in image_sizes:
             self.warm_up(size)
 

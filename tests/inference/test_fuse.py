@@ -216,8 +216,7 @@ def test_convolutions_that_pad_otherwise_are_left():
 def test_padding_of_tensorflow(size, kernel, stride, dilation):
     layers = pytest.importorskip("timm.layers")
     same = fill(layers.Conv2dSame(4, 6, kernel, stride=stride, dilation=dilation))
-    fused = FusedConv2d(same.weight.double(), same.bias.double(), same)
-    fused.finish(CPU, torch.float32)
+    fused = FusedConv2d(same, None, CPU, torch.float32)
     x = torch.randn(2, 4, *size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         torch.testing.assert_close(fused(x), same(x), rtol=1e-5, atol=1e-5)
