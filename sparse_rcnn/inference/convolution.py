@@ -90,6 +90,7 @@ class FusedConv2d(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.detach().to(device, dtype))
         self.onednn = device.type == "cpu" and has_onednn(dtype)
+        self.cudnn = device.type == "cuda" and torch.backends.cudnn.is_available() and self.bias is not None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, Ci, H, W] and residual of the result's shape, or None: [B, Co, H', W']."""
@@ -98,16 +99,23 @@ class FusedConv2d(nn.Module):
             x, padding = self._pad_as_tensorflow(x)
         if self.onednn:
             return self._onednn(x, residual, padding)
-        relu = self.activation is not None and self.activation.name == "relu"
-        if x.is_cuda and relu and self.bias is not None:
-            geometry = (self.bias, self.stride, padding, self.dilation, self.groups)
-            if residual is None:
-                return torch.cudnn_convolution_relu(x, self.weight, *geometry)
-            return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, *geometry)
+        if self.cudnn and self.activation is not None and self.activation.name == "relu":
+            try:
+                return self._cudnn(x, residual, padding)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # no engine for this geometry or type, which the first call tells
+                self.cudnn = False
         x = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         if residual is not None:
             x = x.add_(residual)
         return x if self.activation is None else self.activation.module(x)
+
+    def _cudnn(self, x: Tensor, residual: Tensor | None, padding: list[int]) -> Tensor:
+        geometry = (self.bias, self.stride, padding, self.dilation, self.groups)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, self.weight, *geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, *geometry)
 
     def _onednn(self, x: Tensor, residual: Tensor | None, padding: list[int]) -> Tensor:
         geometry = (padding, self.stride, self.dilation, self.groups)

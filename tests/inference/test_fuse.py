@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from sparse_rcnn.inference.convolution import FusedConv2d, fold_norm
+from sparse_rcnn.inference.convolution import Activation, FusedConv2d, fold_norm
 from sparse_rcnn.inference.fuse import fuse
 from sparse_rcnn.inference.onednn import linear
 from sparse_rcnn.models.backbone import BackboneWithFPN
@@ -244,3 +244,64 @@ def test_linear(shape, bias, relu):
     torch.testing.assert_close(
         linear(x, weight, shift, relu).double(), expected.relu() if relu else expected, rtol=1e-5, atol=1e-5
     )
+
+
+def convolve_and(relu_of, calls):
+    """What cuDNN's fused convolutions compute; they take no CPU tensors."""
+
+    def convolution_relu(x, weight, bias, stride, padding, dilation, groups):
+        calls.append("relu")
+        return relu_of(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+    def convolution_add_relu(x, weight, residual, alpha, bias, stride, padding, dilation, groups):
+        calls.append("add_relu")
+        assert alpha == 1
+        return relu_of(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)
+
+    return convolution_relu, convolution_add_relu
+
+
+def residual_net():
+    def block(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return [F.relu(self.conv2(y) + y), self.conv3(y)]
+
+    return Net(block, conv1=conv(stride=2), bn1=norm(), conv2=conv(groups=2), conv3=conv())
+
+
+@pytest.mark.parametrize("works", [True, False])
+@torch.inference_mode()
+def test_cudnn_serves_where_it_can(monkeypatch, works):
+    calls = []
+
+    def relu(x):
+        if not works:
+            raise RuntimeError("no engine found")
+        return x.relu()
+
+    for name, function in zip(("relu", "add_relu"), convolve_and(relu, calls), strict=True):
+        monkeypatch.setattr(torch, f"cudnn_convolution_{name}", function)
+    net = fill(residual_net())
+    fused, images = (
+        fuse(net, CPU, torch.float32),
+        torch.randn(2, 4, 9, 12).contiguous(memory_format=torch.channels_last),
+    )
+    for module in fused.modules():
+        if isinstance(module, FusedConv2d):
+            module.onednn, module.cudnn = False, True
+    for _ in range(2):
+        for got, want in zip(fused(images), net(images), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert calls == ["relu", "add_relu"] * (2 if works else 1)
+
+
+def test_out_of_memory_is_not_taken_for_a_missing_engine(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", full)
+    layer = FusedConv2d(conv(), None, CPU, torch.float32)
+    layer.activation, layer.onednn, layer.cudnn = Activation.of(nn.ReLU()), False, True
+    with pytest.raises(torch.OutOfMemoryError), torch.inference_mode():
+        layer(torch.randn(1, 4, 5, 5))
+    assert layer.cudnn
