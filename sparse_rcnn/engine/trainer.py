@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rcnn.data.coco import CocoDataset, find_split
+from sparse_rcnn.data.augment import SmallDataTransform
+from sparse_rcnn.data.formats import open_dataset
+from sparse_rcnn.data.health import check_data
 from sparse_rcnn.data.loader import train_batches
 from sparse_rcnn.data.transforms import TrainTransform
 from sparse_rcnn.engine.build import build_model
@@ -24,7 +26,6 @@ from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_check
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, RunLog
 from sparse_rcnn.engine.optimizer import build_optimizer, lr_factor, set_lr
-from sparse_rcnn.engine.report import data_report
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
 
@@ -56,9 +57,9 @@ class TrainConfig:
         ValueError: a field has a value that no run can be made from.
     """
 
-    data: str = dataclass_field(metadata={"help": "COCO-style folder or JSON file to train on"})
+    data: str = dataclass_field(metadata={"help": "folder or file to train on: COCO, YOLO or Pascal VOC"})
     output: str = dataclass_field(metadata={"help": "folder for checkpoints, models and the log"})
-    val: str | None = _option(None, "COCO-style folder or JSON file to evaluate on")
+    val: str | None = _option(None, "folder or file to evaluate on")
     preset: str = _option("small", "model configuration (see SparseRCNNConfig.preset)")
     weights: str | None = _option(None, "model to fine-tune instead of a preset; other classes get a new class layer")
     backbone: str | None = _option(None, "resnet18/34/50/101 or a timm name, instead of the preset's")
@@ -78,7 +79,11 @@ class TrainConfig:
     min_sizes: tuple[int, ...] | None = _option(None, "shorter sides to draw from; default 0.6 to 1 of the test size")
     max_size: int | None = _option(None, "largest longer side; default that of the test size")
     seed: int = _option(0, "seed of initialisation, data order and augmentation")
+    augment: str = _option("paper", "paper (flip, multi-scale, and crop if asked for) or small, for few images")
+    group_shapes: bool = _option(False, "batches of wide images and batches of tall ones, which need less padding")
     workers: int = _option(0, "loader processes")
+    cache_mb: int = _option(0, "megabytes of decoded images to keep in memory, which the workers share")
+    strict: bool = _option(False, "decode every image before the first step, and refuse data with any problem")
     log_every: int = _option(20, "steps between log records")
     eval_every: int = _option(1000, "steps between evaluations on val; 0 is at the end only")
     checkpoint_every: int = _option(500, "steps between checkpoints; 0 is at the end only")
@@ -102,13 +107,25 @@ class TrainConfig:
             raise ValueError(f"flip: expected a probability, got {self.flip}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        if self.augment not in ("paper", "small"):
+            raise ValueError(f"augment: expected paper or small, got {self.augment!r}")
+        if self.augment == "small" and self.crop:
+            raise ValueError("crop: expected False with augment small, which has crops of its own")
         if self.min_sizes is not None and (not self.min_sizes or min(self.min_sizes) < 1):
             raise ValueError(f"min_sizes: expected positive sizes, got {self.min_sizes}")
 
 
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
-    **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
+    **{
+        "warmup_factor": 0,
+        "flip": 0,
+        "workers": 0,
+        "cache_mb": 0,
+        "log_every": 1,
+        "eval_every": 0,
+        "checkpoint_every": 0,
+    },
     **{"time_limit": 0},
 }
 
@@ -136,21 +153,32 @@ class Trainer:
         self.notes: list[str] = []
 
         if checkpoint is None:
-            self.dataset = CocoDataset(*find_split(config.data, "train"))
+            self.dataset = open_dataset(config.data, "train", cache_mb=config.cache_mb)
             model, self.notes = build_model(config, self.dataset.class_names)
         else:
             model = SparseRCNN(SparseRCNNConfig.from_dict(checkpoint["model_config"]))
-            self.dataset = CocoDataset(*find_split(config.data, "train"), class_names=model.config.class_names)
-        if len(self.dataset) == 0:
-            raise ValueError(f"data: expected at least one image, got none in {self.dataset.coco_json_path}")
+            self.dataset = open_dataset(config.data, "train", model.config.class_names, config.cache_mb)
         self.val_dataset = None
         if config.val is not None:
-            self.val_dataset = CocoDataset(*find_split(config.val, "valid"), class_names=model.config.class_names)
+            self.val_dataset = open_dataset(config.val, "valid", model.config.class_names)
+        network = model.config.min_size, model.config.max_size
+        self.report = check_data(
+            self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
+        )
+        self.dataset = self.dataset.without(self.report.unreadable)
+        if len(self.dataset) == 0:
+            raise ValueError(
+                f"data: expected at least one image that can be read, got none in {self.dataset.source}: "
+                f"{'; '.join(self.report.problems[:5])}"
+            )
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.output.mkdir(parents=True, exist_ok=True)
+        self.report.write(self.output / "data_report.txt")
+        if config.strict:
+            self.report.require_clean()
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         base_lrs = [group["base_lr"] for group in self.optimizer.param_groups]
@@ -174,7 +202,7 @@ class Trainer:
         """
         config = self.config
         with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
-            for line in self.notes + data_report(self.dataset, self.model.config.num_proposals):
+            for line in self.notes + self.report.short(self.output / "data_report.txt"):
                 log.say(line)
             meter = Meter()
             self.model.train()
@@ -243,8 +271,11 @@ class Trainer:
         min_sizes = config.min_sizes or tuple(round(size * scale) for size in _PAPER_MIN_SIZES)
         crop = tuple(round(size * scale) for size in _PAPER_CROP) if config.crop else None
         transform = TrainTransform(min_sizes, config.max_size or test.max_size, flip=config.flip, crop=crop)
+        if config.augment == "small":
+            transform = SmallDataTransform(min_sizes, config.max_size or test.max_size, flip=config.flip)
         batches = train_batches(
-            self.dataset, transform, config.batch_size, config.seed, start_step=self.step, workers=config.workers
+            *(self.dataset, transform, config.batch_size, config.seed, self.step, config.workers),
+            group_shapes=config.group_shapes,
         )
         while True:
             # A DataLoader draws a seed when it starts: a resumed run would start from another state of the generator.
