@@ -12,6 +12,7 @@ from sparse_rcnn.data.dataset import DetectionDataset, some
 from sparse_rcnn.data.formats import SPLITS, open_dataset
 from sparse_rcnn.engine.evaluator import EvalResult, evaluate, match_classes
 from sparse_rcnn.engine.scoring import SCORERS, pick_scorer
+from sparse_rcnn.engine.stages import StageResult, evaluate_stages
 from sparse_rcnn.runtime import pick_device
 from sparse_rcnn.weights.atomic import atomic_write
 
@@ -32,6 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1, help="images a forward pass; 1 (default) has no padding")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast")
+    parser.add_argument("--tta", action="store_true", help="see each image at three sizes, plain and mirrored")
+    parser.add_argument(
+        "--stages", action="store_true", help="also score every stage of the head as if it were the last"
+    )
     parser.add_argument(
         "--scorer", default="auto", choices=SCORERS, help="auto (default): hotcoco where installed, the same numbers"
     )
@@ -47,10 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, 2)
     try:
-        result = evaluate(model, dataset, args.batch_size, args.dtype, True, args.scorer)
+        options = {"batch_size": args.batch_size, "dtype": args.dtype, "progress": True, "scorer": args.scorer}
+        result = evaluate(model, dataset, tta=args.tta, **options)
         print("\n".join(table(result)))
+        record = {"weights": args.weights, "data": args.data, **result.to_dict()}
+        if args.stages:
+            stages = evaluate_stages(model, dataset, **options)
+            print("\n".join(stage_table(stages)))
+            record["stages"] = [stage.to_dict() for stage in stages]
         if args.json:
-            _write_json(args.json, {"weights": args.weights, "data": args.data, **result.to_dict()}, indent=2)
+            _write_json(args.json, record, indent=2)
         if args.detections:
             _write_json(args.detections, result.detections)
     except (ValueError, OSError, RuntimeError) as error:
@@ -89,6 +100,15 @@ def table(result: EvalResult) -> list[str]:
         for name, values in result.per_class.items()
     ]
     return lines + [f"note: {note}" for note in result.notes]
+
+
+def stage_table(stages: list[StageResult]) -> list[str]:
+    """The stages as lines of text."""
+    lines = ["", f"{'stage':<8}{'AP':>8}{'AP50':>8}{'AR100':>8}{'AP, NMS':>10}{'duplicates':>12}"]
+    for result in stages:
+        numbers = "".join(f"{result.metrics[name]:8.4f}" for name in ("AP", "AP50", "AR100"))
+        lines.append(f"{result.stage:<8}{numbers}{result.ap_with_nms:10.4f}{result.duplicates:12.2f}")
+    return lines
 
 
 def _write_json(path: str, value: Any, indent: int | None = None) -> None:

@@ -15,6 +15,7 @@ from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.detections import Detections
 from sparse_rcnn.engine.scoring import coco_metrics
+from sparse_rcnn.engine.views import detect_augmented
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.runtime import Predictor
 
@@ -55,6 +56,7 @@ def evaluate(
     dtype: str = "float32",
     progress: bool = False,
     scorer: str = "auto",
+    tta: bool = False,
 ) -> EvalResult:
     """Run ``model`` over ``dataset`` and score the detections as COCO does (at most 100 an image).
 
@@ -67,13 +69,14 @@ def evaluate(
         dtype: ``float32``, or ``bfloat16`` for autocast.
         progress: show a bar.
         scorer: see :func:`coco_metrics`.
+        tta: see every image at three sizes, plain and mirrored, see :func:`detect_augmented`; one at a time.
 
     Raises:
         ValueError: model and data set have no class in common.
     """
     categories, notes = match_classes(model.config, dataset)
     numbering = Numbering(dataset)
-    rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress)
+    rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress, tta)
     metrics, per_class = coco_metrics(numbering.ground_truth(), rows, scorer)
     per_class = {dataset.class_names[number - 1]: values for number, values in per_class.items()}
     return EvalResult(metrics, per_class, numbering.to_coco(rows), failed, notes)
@@ -172,6 +175,7 @@ def detect_dataset(
     batch_size: int = 1,
     dtype: str = "float32",
     progress: bool = False,
+    tta: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Detections of every image as :func:`coco_metrics` takes them, and a line for each that could not be read."""
     numbering = Numbering(dataset)
@@ -193,6 +197,8 @@ def detect_dataset(
     present = [label for label, category in enumerate(categories) if category is not None]
     predictor = Predictor(model, next(model.parameters()).device, dtype, batch_size, classes=present)
     found = predictor.stream(readable_images())
+    if tta:
+        found = (detect_augmented(model, image, dtype).filter(classes=present) for image in readable_images())
     try:
         for detections in tqdm(found, "evaluate", len(dataset), leave=False, disable=None if progress else True):
             rows.append(numbering.rows(image_ids.popleft(), detections, categories))
