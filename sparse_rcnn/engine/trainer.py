@@ -117,16 +117,8 @@ class TrainConfig:
 
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
-    **{
-        "warmup_factor": 0,
-        "flip": 0,
-        "workers": 0,
-        "cache_mb": 0,
-        "log_every": 1,
-        "eval_every": 0,
-        "checkpoint_every": 0,
-    },
-    **{"time_limit": 0},
+    **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
+    **{"time_limit": 0, "cache_mb": 0},
 }
 
 
@@ -162,23 +154,23 @@ class Trainer:
         if config.val is not None:
             self.val_dataset = open_dataset(config.val, "valid", model.config.class_names)
         network = model.config.min_size, model.config.max_size
-        self.report = check_data(
+        self.data_report = check_data(
             self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
         )
-        self.dataset = self.dataset.without(self.report.unreadable)
+        self.dataset = self.dataset.without(self.data_report.unreadable)
         if len(self.dataset) == 0:
+            why = "; ".join(self.data_report.problems[:5])
             raise ValueError(
-                f"data: expected at least one image that can be read, got none in {self.dataset.source}: "
-                f"{'; '.join(self.report.problems[:5])}"
+                f"data: expected at least one image, got none in {self.dataset.source}" + (f": {why}" if why else "")
             )
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.output.mkdir(parents=True, exist_ok=True)
-        self.report.write(self.output / "data_report.txt")
+        self.data_report.write(self.output / "data_report.txt")
         if config.strict:
-            self.report.require_clean()
+            self.data_report.require_clean()
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         base_lrs = [group["base_lr"] for group in self.optimizer.param_groups]
@@ -202,7 +194,7 @@ class Trainer:
         """
         config = self.config
         with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
-            for line in self.notes + self.report.short(self.output / "data_report.txt"):
+            for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             meter = Meter()
             self.model.train()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.evaluation import synthetic_results
 from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.engine.evaluator import evaluate, match_classes
@@ -142,32 +143,10 @@ def test_nothing_to_find_is_minus_one(scorer):
     assert set(coco_metrics({**empty, "images": []}, np.zeros((0, 7)), scorer)[0].values()) == {-1.0}
 
 
-def random_results(images: int, classes: int, seed: int) -> tuple[dict, np.ndarray]:
-    """Objects of all sizes, crowds among them, and up to 130 detections an image: near an object, or anywhere; scores
-    repeat, so that their order matters."""
-    rng, annotations, rows = np.random.default_rng(seed), [], []
-    for image in range(1, images + 1):
-        for _ in range(rng.poisson(5)):
-            box = [*rng.uniform(0, 500, 2), *(rng.gamma(2, 40, 2) + 2)]
-            labels = {"category_id": int(rng.integers(1, classes + 1)), "iscrowd": int(rng.random() < 0.1)}
-            area = {"bbox": [float(value) for value in box], "area": float(box[2] * box[3] * rng.uniform(0.5, 1))}
-            annotations.append({"id": len(annotations) + 1, "image_id": image, **labels, **area})
-            for _ in range(rng.poisson(6)):
-                near = np.array(box) * (1 + 0.1 * rng.standard_normal(4))
-                label = labels["category_id"] if rng.random() < 0.8 else int(rng.integers(1, classes + 1))
-                rows.append([image, *near, round(rng.random(), 2), label])
-        for _ in range(int(rng.integers(0, 130))):
-            anywhere = [*rng.uniform(0, 500, 2), *(rng.gamma(2, 40, 2) + 2)]
-            rows.append([image, *anywhere, round(rng.random() * 0.7, 2), int(rng.integers(1, classes + 1))])
-    categories = [{"id": number, "name": str(number)} for number in range(1, classes + 1)]
-    pictures = [{"id": number} for number in range(1, images + 1)]
-    return {"images": pictures, "annotations": annotations, "categories": categories}, np.array(rows, np.float64)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_hotcoco_equals_pycocotools(seed):
     pytest.importorskip("hotcoco")
-    case = random_results(60, 5, seed)
+    case = synthetic_results(60, 5, 130, seed)
     metrics, per_class = coco_metrics(*case, "pycocotools")
     fast, fast_per_class = coco_metrics(*case, "hotcoco")
     assert fast == pytest.approx(metrics, rel=0, abs=1e-6) and 0.02 < metrics["AP"] < 0.9
