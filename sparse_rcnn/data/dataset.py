@@ -198,13 +198,12 @@ class DetectionDataset(Dataset):
         label_of = {category: label for label, category in enumerate(self.category_ids)}
         kept = []  # (annotation, box inside the image or None)
         for annotation in annotations:
-            note = f"{annotation.where} ({self.images[annotation.image]['file_name']}): bbox {list(annotation.box)}"
             if not all(math.isfinite(value) for value in annotation.box):
-                self.problems.append(f"{note} is not finite, dropped")
+                self._note(annotation, "is not finite, dropped")
             elif annotation.box[2] <= 0 or annotation.box[3] <= 0:
-                self.problems.append(f"{note} has no area, dropped")
+                self._note(annotation, "has no area, dropped")
             else:
-                kept.append((annotation, self._clip(annotation, note)))
+                kept.append((annotation, self._clip(annotation)))
         kept.sort(key=lambda pair: pair[0].image)  # stable
         counts = np.bincount([a.image for a, _ in kept], minlength=len(self.images))[: len(self.images)]
         return Boxes(
@@ -217,7 +216,7 @@ class DetectionDataset(Dataset):
             target=np.array([box is not None and not a.crowd for a, box in kept], dtype=bool),
         )
 
-    def _clip(self, annotation: Annotation, note: str) -> list[float] | None:
+    def _clip(self, annotation: Annotation) -> list[float] | None:
         """The box as xyxy inside the image, or None if nothing is left; both mendings are noted."""
         image = self.images[annotation.image]
         x, y, width, height = annotation.box
@@ -228,11 +227,15 @@ class DetectionDataset(Dataset):
         # In float32, as the boxes are kept: a sliver can vanish in the rounding.
         x0, y0, x1, y1 = np.float32(clipped)
         if x1 <= x0 or y1 <= y0:
-            self.problems.append(f"{note} has no area inside {size}, dropped")
+            self._note(annotation, f"has no area inside {size}, dropped")
             return None
         if max(abs(a - b) for a, b in zip(box, clipped, strict=True)) > _CLIP_TOLERANCE:
-            self.problems.append(f"{note} reaches outside {size}, clipped")
+            self._note(annotation, f"reaches outside {size}, clipped")
         return clipped
+
+    def _note(self, annotation: Annotation, what: str) -> None:
+        image = self.images[annotation.image]["file_name"]
+        self.problems.append(f"{annotation.where} ({image}): bbox {list(annotation.box)} {what}")
 
 
 def fingerprint(dataset: DetectionDataset) -> str:

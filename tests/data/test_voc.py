@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from sparse_rcnn.data.formats import open_dataset
@@ -150,3 +152,22 @@ def test_odd_boxes_are_mended_and_reported(tmp_path, corners):
     boxes, _ = dataset.targets(0)
     assert len(dataset.problems) == 1 and dataset.problems[0].startswith("a.xml object 1 (a.png): bbox [")
     assert ((boxes >= 0) & (boxes <= [40, 30, 40, 30])).all()
+
+
+GOOD = document(voc_object("cat", (1, 1, 40, 30)), voc_object("dog", (5.5, 6, 20, 16), difficult=True), name="a.png")
+ODD = ("", "0", "-1", "nan", "inf", "9" * 400, "x", "<a/>", "</object>", "<object>", "&amp;", "\x00", "1e30")
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(0, 30), st.sampled_from(ODD))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_spoilt_document_gives_boxes_inside_or_a_value_error(tmp_path, start, length, odd):
+    root = write(tmp_path, {"a": GOOD[:start] + odd + GOOD[start + length :]})
+    try:
+        dataset = open_dataset(root, "train")
+        boxes, labels = dataset.targets(0)
+    except ValueError as error:
+        assert str(error).startswith(str(root)) and "\n" not in str(error)
+    else:
+        height, width = dataset.images[0]["height"], dataset.images[0]["width"]
+        assert ((boxes >= 0) & (boxes <= [width, height, width, height])).all()
+        assert (boxes[:, :2] < boxes[:, 2:]).all() and set(labels.tolist()) <= set(range(len(dataset.class_names)))

@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from sparse_rcnn.data.formats import open_dataset
@@ -210,3 +212,22 @@ def test_the_only_yaml_file_is_taken(tmp_path):
     (root / "other.yaml").write_text("")
     with pytest.raises(ValueError, match="no train split found"):
         open_dataset(root, "train")
+
+
+FIELDS = st.sampled_from(
+    ["0", "1", "2", "-1", "0.5", "1e400", "nan", "-inf", "x", "", "0x1", "9" * 400, "\u0663", "1_0"]
+)
+LINES = st.lists(st.lists(FIELDS, max_size=9).map(" ".join), max_size=4).map("\n".join)
+
+
+@given(LINES)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_label_file_gives_boxes_inside_or_a_value_error(tmp_path, text):
+    root = write(tmp_path, YAML, {"a": text})
+    try:
+        boxes, labels = open_dataset(root, "train").targets(0)
+    except ValueError as error:
+        assert "lines of labels cannot be read" in str(error)
+    else:
+        assert ((boxes >= 0) & (boxes <= [40, 20, 40, 20])).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+        assert set(labels.tolist()) <= {0, 1}
