@@ -79,7 +79,7 @@ class _Reader:
         name, height, width = entry.get("file_name"), entry.get("height"), entry.get("width")
         if not isinstance(name, str) or not name:
             raise self._error(f"image {entry['id']}: expected a file_name, got {_short(name)}")
-        if not (_is_int(height) and _is_int(width) and height > 0 and width > 0):
+        if not all(_is_int(side) and _is_number(side) and side > 0 for side in (height, width)):
             raise self._error(
                 f"image {entry['id']} ({name}): expected positive integers as height and width, "
                 f"got {_short(height)} and {_short(width)}"

@@ -195,43 +195,38 @@ class DetectionDataset(Dataset):
         return tuple(class_names), tuple(names[name] if name in names else next(unused) for name in class_names)
 
     def _collect(self, annotations: list[Annotation]) -> Boxes:
+        """All boxes with area, clipped to their images; what is mended or dropped is noted."""
         label_of = {category: label for label, category in enumerate(self.category_ids)}
-        kept = []  # (annotation, box inside the image or None)
-        for annotation in annotations:
-            if not all(math.isfinite(value) for value in annotation.box):
-                self._note(annotation, "is not finite, dropped")
-            elif annotation.box[2] <= 0 or annotation.box[3] <= 0:
-                self._note(annotation, "has no area, dropped")
-            else:
-                kept.append((annotation, self._clip(annotation)))
-        kept.sort(key=lambda pair: pair[0].image)  # stable
-        counts = np.bincount([a.image for a, _ in kept], minlength=len(self.images))[: len(self.images)]
+        given = np.array([a.box for a in annotations], dtype=np.float64).reshape(-1, 4)
+        image = np.array([a.image for a in annotations], dtype=np.int64)
+        sizes = np.array([[i["width"], i["height"]] for i in self.images], dtype=np.float64).reshape(-1, 2)
+        with np.errstate(invalid="ignore", over="ignore"):
+            finite = np.isfinite(given).all(1)
+            real = finite & (given[:, 2:] > 0).all(1)
+            corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
+            exact = np.clip(corners, 0, np.tile(sizes, 2)[image])
+            moved = np.abs(corners - exact).max(1, initial=0) > _CLIP_TOLERANCE
+        clipped = exact.astype(np.float32)  # in which a sliver can vanish in the rounding
+        inside = real & (clipped[:, 2:] > clipped[:, :2]).all(1)
+        for row in np.flatnonzero(~inside | moved):
+            size = "the {width} x {height} image".format(**self.images[image[row]])
+            area = f"has no area inside {size}, dropped" if real[row] else "has no area, dropped"
+            mended = f"reaches outside {size}, clipped" if inside[row] else area
+            self._note(annotations[row], mended if finite[row] else "is not finite, dropped")
+        kept = np.flatnonzero(real)
+        kept = kept[np.argsort(image[kept], kind="stable")]
+        chosen = [annotations[row] for row in kept]
+        area = np.array([a.area or math.nan for a in chosen], dtype=np.float64)
+        crowd = np.array([a.crowd for a in chosen], dtype=bool)
         return Boxes(
-            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            given=np.array([a.box for a, _ in kept], dtype=np.float64).reshape(-1, 4),
-            clipped=np.array([box or (0, 0, 0, 0) for _, box in kept], dtype=np.float32).reshape(-1, 4),
-            labels=np.array([label_of[a.category] for a, _ in kept], dtype=np.int64),
-            area=np.array([a.area or a.box[2] * a.box[3] for a, _ in kept], dtype=np.float64),
-            crowd=np.array([a.crowd for a, _ in kept], dtype=bool),
-            target=np.array([box is not None and not a.crowd for a, box in kept], dtype=bool),
+            offsets=np.concatenate([[0], np.cumsum(np.bincount(image[kept], minlength=len(self.images)))]),
+            given=given[kept],
+            clipped=clipped[kept],
+            labels=np.array([label_of[a.category] for a in chosen], dtype=np.int64),
+            area=np.where(np.isnan(area), given[kept, 2] * given[kept, 3], area),
+            crowd=crowd,
+            target=inside[kept] & ~crowd,
         )
-
-    def _clip(self, annotation: Annotation) -> list[float] | None:
-        """The box as xyxy inside the image, or None if nothing is left; both mendings are noted."""
-        image = self.images[annotation.image]
-        x, y, width, height = annotation.box
-        box = [x, y, x + width, y + height]
-        limits = [image["width"], image["height"]] * 2
-        clipped = [min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits, strict=True)]
-        size = f"the {image['width']} x {image['height']} image"
-        # In float32, as the boxes are kept: a sliver can vanish in the rounding.
-        x0, y0, x1, y1 = np.float32(clipped)
-        if x1 <= x0 or y1 <= y0:
-            self._note(annotation, f"has no area inside {size}, dropped")
-            return None
-        if max(abs(a - b) for a, b in zip(box, clipped, strict=True)) > _CLIP_TOLERANCE:
-            self._note(annotation, f"reaches outside {size}, clipped")
-        return clipped
 
     def _note(self, annotation: Annotation, what: str) -> None:
         image = self.images[annotation.image]["file_name"]

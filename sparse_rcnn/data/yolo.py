@@ -84,9 +84,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _class_names(path: Path, config: dict[str, Any]) -> list[str]:
     names, count = config.get("names"), config.get("nc")
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        by_label = {str(label): name for label, name in names.items()}  # keys may be quoted
+        if by_label.keys() != set(map(str, range(len(names)))):
             raise ValueError(f"{path}: names: expected the keys 0 to {len(names) - 1}, got {some(list(names))}")
-        names = [names[label] for label in range(len(names))]
+        names = [by_label[str(label)] for label in range(len(names))]
     if names is None and isinstance(count, int):
         names = [f"class_{label}" for label in range(count)]
     if not isinstance(names, list) or not names or any(isinstance(name, list | dict) for name in names):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.detections import Detections
-from sparse_rcnn.engine.scoring import coco_metrics
+from sparse_rcnn.engine.scoring import coco_metrics, pick_scorer
 from sparse_rcnn.engine.views import detect_augmented
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.runtime import Predictor
@@ -30,6 +30,7 @@ class EvalResult:
         detections: COCO results: ``image_id``, ``category_id``, ``bbox`` xywh in pixels of the file, ``score``.
         failed: one line for each image that could not be read; it counts as an image without detections.
         notes: one line for each thing about the classes that the reader of the numbers should know.
+        scorer: ``pycocotools`` or ``hotcoco``.
     """
 
     metrics: dict[str, float]
@@ -37,6 +38,7 @@ class EvalResult:
     detections: list[dict[str, Any]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    scorer: str = "pycocotools"
 
     def to_dict(self) -> dict[str, Any]:
         """Metrics, per-class figures, failures and notes, ready for JSON (without the detections)."""
@@ -46,6 +48,7 @@ class EvalResult:
             "num_detections": len(self.detections),
             "failed": self.failed,
             "notes": self.notes,
+            "scorer": self.scorer,
         }
 
 
@@ -74,12 +77,13 @@ def evaluate(
     Raises:
         ValueError: model and data set have no class in common.
     """
+    scorer = pick_scorer(scorer)
     categories, notes = match_classes(model.config, dataset)
     numbering = Numbering(dataset)
     rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress, tta)
     metrics, per_class = coco_metrics(numbering.ground_truth(), rows, scorer)
     per_class = {dataset.class_names[number - 1]: values for number, values in per_class.items()}
-    return EvalResult(metrics, per_class, numbering.to_coco(rows), failed, notes)
+    return EvalResult(metrics, per_class, numbering.to_coco(rows), failed, notes, scorer)
 
 
 class Numbering:

@@ -136,6 +136,7 @@ def without(part: str, index: int, key: str):
         (changed("images", 0, id=5), "image ids .* more than once: 5"),
         (changed("images", 0, id="x"), "images: expected entries with an integer id"),
         (changed("images", 0, height=0), r"image 11 \(a.png\): expected positive integers .* got 0 and 40"),
+        (changed("images", 0, height=10**400), r"image 11 \(a.png\): expected positive integers"),
         (without("images", 0, "width"), r"image 11 \(a.png\): expected positive integers"),
         (without("images", 0, "file_name"), "image 11: expected a file_name, got None"),
         ({**GOOD, "images": [3]}, "images: expected entries with an integer id, got 3"),

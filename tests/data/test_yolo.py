@@ -84,6 +84,7 @@ def test_labels_that_are_no_text_are_named(tmp_path):
     [
         ("names: [cat, dog]", ("cat", "dog")),
         ("names: {1: dog, 0: cat}", ("cat", "dog")),
+        ("names: {'0': cat, '1': dog}", ("cat", "dog")),
         ("nc: 2\nnames: [cat, dog]", ("cat", "dog")),
         ("nc: 3", ("class_0", "class_1", "class_2")),
         ("names: [1, yes]", ("1", "True")),
