@@ -74,15 +74,34 @@ def decode_image(
 
 
 def image_size(path: str | Path, apply_exif: bool = True) -> tuple[int, int]:
-    """(height, width) of an image as :func:`decode_image` gives it, from the file's header alone.
+    """(height, width) of an image as :func:`decode_image` gives it, from the file's header (of a TIFF, from all of it).
 
     Raises:
         ImageError: the file is missing, or its header is not that of an image that ``decode_image`` takes.
     """
     with _named(str(path)), _stream(path) as stream, _open(stream) as image:
         _check_limit(image, None)
+        if image.format == "TIFF" or image.format == "PNG" and _text_after_pixels(stream):
+            image.load()  # Pillow turns a TIFF while it decodes, and reads on in a PNG
         turned = apply_exif and _orientation(image) in _SIDEWAYS
         return image.size if turned else image.size[::-1]
+
+
+def _text_after_pixels(stream: BinaryIO) -> bool:
+    """Whether chunks that can hold an orientation follow the pixels of a PNG; by the chunks' lengths alone."""
+    position, seen_pixels = 8, False
+    while len(head := _read_at(stream, position, 8)) == 8:
+        kind = head[4:]
+        if seen_pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            return True
+        seen_pixels |= kind == b"IDAT"
+        position += int.from_bytes(head[:4], "big") + 12
+    return False
+
+
+def _read_at(stream: BinaryIO, position: int, count: int) -> bytes:
+    stream.seek(position)
+    return stream.read(count)
 
 
 @contextlib.contextmanager
@@ -146,7 +165,8 @@ def _pixels(image: Image.Image, max_pixels: int | None, apply_exif: bool) -> np.
 
 def _orientation(image: Image.Image) -> object:
     try:
-        return image.getexif().get(_ORIENTATION)
+        # A PNG's own method decodes the pixels to look behind them.
+        return Image.Image.getexif(image).get(_ORIENTATION)
     except Exception:  # damaged EXIF says nothing about the pixels, which are good
         return None
 
