@@ -17,12 +17,19 @@ _KEYS = {"train": ("train",), "valid": ("val", "valid", "validation"), "test": (
 
 
 def find_yolo(data: Path) -> Path | None:
-    """The YAML file of a folder: ``data.yaml``, ``dataset.yaml`` (or ``.yml``), or the only one there is."""
+    """The YAML file of a folder: ``data.yaml``, ``dataset.yaml`` (or ``.yml``), or the only one with class names."""
     for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
         if (data / name).is_file():
             return data / name
-    others = [path for path in data.iterdir() if path.suffix.lower() in (".yaml", ".yml") and path.is_file()]
+    others = [path for path in data.iterdir() if path.suffix.lower() in (".yaml", ".yml") and _names_classes(path)]
     return others[0] if len(others) == 1 else None
+
+
+def _names_classes(path: Path) -> bool:
+    try:
+        return not {"names", "nc"}.isdisjoint(_read_yaml(path))
+    except ValueError:
+        return False
 
 
 def read_yolo(yaml_path: str | Path, split: str) -> Records:

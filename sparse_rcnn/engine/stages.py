@@ -14,7 +14,7 @@ from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.engine.evaluator import Numbering, match_classes
 from sparse_rcnn.engine.scoring import coco_metrics
-from sparse_rcnn.engine.views import detect, test_view
+from sparse_rcnn.engine.views import detect, usual_view
 
 _DUPLICATE_IOU = 0.7
 
@@ -62,7 +62,7 @@ def evaluate_stages(
         with tqdm(total=len(dataset), desc="stages", leave=False, disable=None if progress else True) as bar:
             for indices, images in _batches(dataset, batch_size):
                 objects += sum(len(dataset.targets(index)[0]) for index in indices)
-                for stage, of_stage in enumerate(detect(model, images, test_view(model), dtype, every_stage=True)):
+                for stage, of_stage in enumerate(detect(model, images, usual_view(model), dtype, every_stage=True)):
                     for index, found in zip(indices, of_stage, strict=True):
                         image_id, found = dataset.images[index]["id"], found.filter(classes=present)
                         best = found.filter(top_k=len(dataset.targets(index)[0]))

@@ -26,7 +26,7 @@ class View:
     flip: bool = False
 
 
-def test_view(model: nn.Module) -> View:
+def usual_view(model: nn.Module) -> View:
     """The view that the model is made for."""
     return View(model.config.min_size, model.config.max_size)
 

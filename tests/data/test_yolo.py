@@ -206,11 +206,13 @@ def test_label_path(image, label):
     assert label_path(Path(image)) == Path(label)
 
 
-def test_the_only_yaml_file_is_taken(tmp_path):
+def test_the_only_yaml_file_with_class_names_is_taken(tmp_path):
     root = write(tmp_path, YAML, {"a": None})
     (root / "data.yaml").rename(root / "coco8.yaml")
+    (root / "other.yaml").write_text("lr: 3")
+    (root / "broken.yml").write_text("a: b: c")
     assert len(open_dataset(root, "train")) == 1
-    (root / "other.yaml").write_text("")
+    (root / "other.yaml").write_text("nc: 3")
     with pytest.raises(ValueError, match="no train split found"):
         open_dataset(root, "train")
 

