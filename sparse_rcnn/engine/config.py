@@ -26,9 +26,9 @@ class TrainConfig:
         ValueError: a field has a value that no run can be made from.
     """
 
-    data: str = dataclass_field(metadata={"help": "COCO-style folder or JSON file to train on"})
+    data: str = dataclass_field(metadata={"help": "folder or file to train on: COCO, YOLO or Pascal VOC"})
     output: str = dataclass_field(metadata={"help": "folder for checkpoints, models and the log"})
-    val: str | None = _option(None, "COCO-style folder or JSON file to evaluate on")
+    val: str | None = _option(None, "folder or file to evaluate on")
     preset: str = _option("small", "model configuration (see SparseRCNNConfig.preset)")
     weights: str | None = _option(None, "model to fine-tune instead of a preset; other classes get a new class layer")
     backbone: str | None = _option(None, "resnet18/34/50/101 or a timm name, instead of the preset's")
@@ -48,7 +48,11 @@ class TrainConfig:
     min_sizes: tuple[int, ...] | None = _option(None, "shorter sides to draw from; default 0.6 to 1 of the test size")
     max_size: int | None = _option(None, "largest longer side; default that of the test size")
     seed: int = _option(0, "seed of initialisation, data order and augmentation")
+    augment: str = _option("paper", "paper (flip, multi-scale, and crop if asked for) or small, for few images")
+    group_shapes: bool = _option(False, "batches of wide images and batches of tall ones, which need less padding")
     workers: int = _option(0, "loader processes")
+    cache_mb: int = _option(0, "megabytes of decoded images to keep in memory, which the workers share")
+    strict: bool = _option(False, "decode every image before the first step, and refuse data with any problem")
     log_every: int = _option(20, "steps between log records")
     eval_every: int = _option(1000, "steps between evaluations on val; 0 is at the end only")
     checkpoint_every: int = _option(500, "steps between checkpoints; 0 is at the end only")
@@ -77,6 +81,10 @@ class TrainConfig:
             raise ValueError(f"flip: expected a probability, got {self.flip}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        if self.augment not in ("paper", "small"):
+            raise ValueError(f"augment: expected paper or small, got {self.augment!r}")
+        if self.augment == "small" and self.crop:
+            raise ValueError("crop: expected False with augment small, which has crops of its own")
         if self.min_sizes is not None and (not self.min_sizes or min(self.min_sizes) < 1):
             raise ValueError(f"min_sizes: expected positive sizes, got {self.min_sizes}")
 
@@ -84,5 +92,5 @@ class TrainConfig:
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
     **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
-    **{"time_limit": 0},
+    **{"time_limit": 0, "cache_mb": 0},
 }

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rcnn.data.coco import CocoDataset, find_split
+from sparse_rcnn.data.augment import SmallDataTransform
+from sparse_rcnn.data.formats import open_dataset
+from sparse_rcnn.data.health import check_data
 from sparse_rcnn.data.loader import train_batches
 from sparse_rcnn.data.transforms import TrainTransform
 from sparse_rcnn.engine.build import build_model
@@ -24,7 +26,6 @@ from sparse_rcnn.engine.cuda_graph import CudaCapture, GraphedStep, ShapeBuckets
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, RunLog
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
-from sparse_rcnn.engine.report import data_report
 from sparse_rcnn.engine.step import Report, Reports, TrainStep
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
@@ -64,16 +65,24 @@ class Trainer:
         self.notes: list[str] = []
 
         if checkpoint is None:
-            self.dataset = CocoDataset(*find_split(config.data, "train"))
+            self.dataset = open_dataset(config.data, "train", cache_mb=config.cache_mb)
             model, self.notes = build_model(config, self.dataset.class_names)
         else:
             model = SparseRCNN(SparseRCNNConfig.from_dict(checkpoint["model_config"]))
-            self.dataset = CocoDataset(*find_split(config.data, "train"), class_names=model.config.class_names)
-        if len(self.dataset) == 0:
-            raise ValueError(f"data: expected at least one image, got none in {self.dataset.coco_json_path}")
+            self.dataset = open_dataset(config.data, "train", model.config.class_names, config.cache_mb)
         self.val_dataset = None
         if config.val is not None:
-            self.val_dataset = CocoDataset(*find_split(config.val, "valid"), class_names=model.config.class_names)
+            self.val_dataset = open_dataset(config.val, "valid", model.config.class_names)
+        network = model.config.min_size, model.config.max_size
+        self.data_report = check_data(
+            self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
+        )
+        self.dataset = self.dataset.without(self.data_report.unreadable)
+        if len(self.dataset) == 0:
+            why = "; ".join(self.data_report.problems[:5])
+            raise ValueError(
+                f"data: expected at least one image, got none in {self.dataset.source}" + (f": {why}" if why else "")
+            )
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         if checkpoint is not None:
@@ -85,6 +94,9 @@ class Trainer:
             self.buckets = ShapeBuckets(config.max_size or self.model.config.max_size)
         self.reports = Reports()
         self.output.mkdir(parents=True, exist_ok=True)
+        self.data_report.write(self.output / "data_report.txt")
+        if config.strict:
+            self.data_report.require_clean()
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.model.load_state_dict(checkpoint["model"])
@@ -106,7 +118,7 @@ class Trainer:
         """
         config = self.config
         with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
-            for line in self.notes + data_report(self.dataset, self.model.config.num_proposals):
+            for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             meter = Meter()
             self.model.train()
@@ -182,8 +194,11 @@ class Trainer:
         min_sizes = config.min_sizes or tuple(round(size * scale) for size in _PAPER_MIN_SIZES)
         crop = tuple(round(size * scale) for size in _PAPER_CROP) if config.crop else None
         transform = TrainTransform(min_sizes, config.max_size or test.max_size, flip=config.flip, crop=crop)
+        if config.augment == "small":
+            transform = SmallDataTransform(min_sizes, config.max_size or test.max_size, flip=config.flip)
         batches = train_batches(
-            self.dataset, transform, config.batch_size, config.seed, start_step=self.step, workers=config.workers
+            *(self.dataset, transform, config.batch_size, config.seed, self.step, config.workers),
+            group_shapes=config.group_shapes,
         )
         while True:
             # A DataLoader draws a seed when it starts: a resumed run would start from another state of the generator.

@@ -175,7 +175,7 @@ def test_a_step_found_bad_later_is_named_and_left_nothing_behind(
     assert trainer.step == 2
     assert_same(dict(trainer.model.state_dict()), dict(alone.model.state_dict()))
     assert_same(trainer.optimizer.state_dict()["state"], alone.optimizer.state_dict()["state"])
-    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["data_report.txt", "log.jsonl"]
     assert log_of(tmp_path / "late") == []
 
 
