@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from PIL import Image
 
 from sparse_rcnn import ops
 from sparse_rcnn.data.transforms import network_size, resize
-from sparse_rcnn.models import SparseRCNN
+from sparse_rcnn.models.batch import normalize_pixels, pad_images
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # shows the grey levels themselves
@@ -46,9 +44,7 @@ def levels_of(image, size):
 
 def model_input(images, dtype=torch.float32):
     """What the model makes of images at network size, in their order of memory and without its weights."""
-    config = SimpleNamespace(pixel_mean=MEAN, pixel_std=STD)
-    model = SimpleNamespace(config=config, init_proposal_boxes=SimpleNamespace(weight=torch.zeros(1, dtype=dtype)))
-    return SparseRCNN._normalize(model, images)[0]
+    return normalize_pixels(*pad_images(images, torch.float32), MEAN, STD).to(dtype)
 
 
 def test_by_hand():
