@@ -19,7 +19,7 @@ from typing import Any
 import benchmarks
 from benchmarks.environment import ROOT, write_json
 from benchmarks.harness import build_parser
-from benchmarks.report import update_readme
+from benchmarks.report import readme_table, update_readme
 from sparse_rcnn import ops
 
 FIGURES = ROOT / "benchmarks" / "results" / "cpu.json"
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json or not options.readme:
         failed = run_all(names(), _flags(options), options.json)
     if options.readme and not failed:
-        update_readme(ROOT / "README.md", json.loads((options.json or FIGURES).read_text()))
+        update_readme(ROOT / "README.md", readme_table(json.loads((options.json or FIGURES).read_text())))
     if failed:
         print(f"red or broken: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -96,7 +96,7 @@ main() {
     tee -a "$SUMMARY"
   if step build 150 build.log build; then
     step doctor 40 tests.log doctor
-    step "GPU tests" 80 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
+    step "GPU tests" 110 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
     step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
     step benchmarks 180 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
     sanitizers

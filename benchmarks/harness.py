@@ -67,9 +67,10 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, last_level_cache, write_json
-from benchmarks.measure import ceilings, in_turn, keep_freed_memory, peak_memory, quantiles
+from benchmarks.measure import ceilings, in_turn, peak_memory, quantiles
 from benchmarks.report import print_case, show_ceilings
 from sparse_rcnn import ops
+from sparse_rcnn.inference.memory import keep_freed_memory
 from sparse_rcnn.self_test import Specification, leaves, tensors_in
 
 MODES = ("forward", "backward", "both")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import gc
@@ -17,20 +16,7 @@ import torch
 
 from benchmarks.environment import last_level_cache
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt
 HEAD_START = 200_000  # cycles the GPU sleeps before each run, so that the launches of the run are queued when it starts
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, as torch's allocator does on a GPU.
-
-    Otherwise glibc hands large blocks back and the kernel clears new pages for the next run, or it does not, as the
-    calls before have left the heap: the backward alone then takes longer than forward and backward together.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library has another way
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def in_turn(

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+OPERATORS, MODEL = "benchmarks", "model"  # the tables in the README
+COMMAND_MODEL = "python -m benchmarks.model --json benchmarks/results/model_cpu.json --readme"
 COMMAND = "python -m benchmarks --json benchmarks/results/cpu.json --readme"
 _RATES = (("bytes_per_s", "GB/s", "copy_bytes_per_s"), ("flop_per_s", "GFLOP/s", "gemm_flop_per_s"))
 
@@ -53,33 +54,60 @@ def readme_table(report: Mapping[str, Any]) -> str:
     for operator, case, dtype, modes in _headlines(report):
         cells = [f"`{operator}`", case, dtype, *(_speed(modes.get(mode)) for mode in ("forward", "both"))]
         lines.append(f"| {' | '.join([*cells, _memory(modes.get('forward'))])} |")
-    env = report["environment"]
+    return "\n".join([*lines, "", *_made_by(report["environment"], COMMAND)])
+
+
+def model_table(report: Mapping[str, Any]) -> str:
+    """The whole detector's figures as a Markdown table, and a line that says what made it."""
+    rows = report["implementations"]
+    lines = [
+        "| | whole image | backbone + FPN | head | start-up | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, figures in rows.items():
+        ratios = figures["ratios"]
+        speeds = [f"{ratios[part]:.2f}x" if part in ratios else "–" for part in ("whole", "backbone+FPN", "head")]
+        if not ratios:
+            speeds = ["1"] * 3
+        seconds, memory = figures["start_up_s"], figures["peak_rss_gib"]
+        lines.append(f"| {' | '.join([name, *speeds, f'{seconds:.1f} s', f'{memory:.2f} GiB'])} |")
+    height, width = report["size"]
+    made_by = _made_by(report["environment"], COMMAND_MODEL)
+    made_by[0] = f"Preset `{report['preset']}`, one image of {height}x{width}, speed against `reference`. {made_by[0]}"
+    return "\n".join([*lines, "", *made_by])
+
+
+def _made_by(env: Mapping[str, Any], command: str) -> list[str]:
     commit = (env["commit"] or "unknown")[:7] + (" with changes" if env["dirty"] else "")
     machine = env.get("gpu") or f"{env['processor']} ({env['isa']}), {env['threads']} threads"
-    lines += ["", f"Times in one run on {machine}, torch {env['torch']}, commit {commit}; made by", f"`{COMMAND}`."]
-    return "\n".join(lines)
+    return [f"Times in one run on {machine}, torch {env['torch']}, commit {commit}; made by", f"`{command}`."]
 
 
-def update_readme(path: Path, report: Mapping[str, Any]) -> None:
-    """Put the table between the two markers of the README.
+def update_readme(path: Path, table: str, name: str = OPERATORS) -> None:
+    """Put ``table`` between the two markers of that name in the README.
 
     Raises:
         ValueError: the file has not one of each marker.
     """
-    text = path.read_text()
-    before, _, after = _split(text, path)
-    path.write_text(f"{before}{BEGIN}\n{readme_table(report)}\n{END}{after}")
+    before, _, after = _split(path, name)
+    begin, end = _markers(name)
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
-def table_in(path: Path) -> str:
-    """What stands between the two markers."""
-    return _split(path.read_text(), path)[1]
+def table_in(path: Path, name: str = OPERATORS) -> str:
+    """What stands between the two markers of that name."""
+    return _split(path, name)[1]
 
 
-def _split(text: str, path: Path) -> tuple[str, str, str]:
-    found = re.fullmatch(rf"(.*){re.escape(BEGIN)}\n(.*?)\n?{re.escape(END)}(.*)", text, re.DOTALL)
-    if found is None or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path.name}: expected {BEGIN} and {END}, each once and on lines of their own")
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def _split(path: Path, name: str) -> tuple[str, str, str]:
+    text, (begin, end) = path.read_text(), _markers(name)
+    found = re.fullmatch(rf"(.*){re.escape(begin)}\n(.*?)\n?{re.escape(end)}(.*)", text, re.DOTALL)
+    if found is None or text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path.name}: expected {begin} and {end}, each once and on lines of their own")
     return found[1], found[2], found[3]
 
 

@@ -25,27 +25,29 @@ SPARSE_RCNN_LIBRARY(SPARSE_RCNN_NAMESPACE, m) {
       "Tensor(a!) grad_cells) -> ()");
 
   // roi_features [R, P, C], parameters [R, 2 * C * D], norm1 [D], norm2 [C] -> [R, P, C]
+  // allow_tf32: CUDA kernels may round the operands of float32 products to TF32; others ignore it.
   m.def(
       "dynamic_conv(Tensor roi_features, Tensor parameters, Tensor norm1_weight, "
-      "Tensor norm1_bias, Tensor norm2_weight, Tensor norm2_bias, float eps) -> Tensor");
+      "Tensor norm1_bias, Tensor norm2_weight, Tensor norm2_bias, float eps, bool allow_tf32) "
+      "-> Tensor");
   // -> grad_roi_features [R, P, C], grad_parameters [R, 2 * C * D], and the four norm gradients of
   // each RoI, [R, D + D + C + C].
   m.def(
       "dynamic_conv_backward(Tensor grad, Tensor roi_features, Tensor parameters, "
-      "Tensor norm1_weight, Tensor norm1_bias, Tensor norm2_weight, Tensor norm2_bias, float eps) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor norm1_weight, Tensor norm1_bias, Tensor norm2_weight, Tensor norm2_bias, float eps, "
+      "bool allow_tf32) -> (Tensor, Tensor, Tensor)");
 
   // dynamic_conv(multiscale_roi_align(features, boxes), parameters) -> [B, N, P, C]
   m.def(
       "roi_dynamic_conv(Tensor[] features, Tensor boxes, Tensor parameters, Tensor norm1_weight, "
       "Tensor norm1_bias, Tensor norm2_weight, Tensor norm2_bias, int[] strides, int output_size, "
-      "int sampling_ratio, str level_rule, float eps) -> Tensor");
+      "int sampling_ratio, str level_rule, float eps, bool allow_tf32) -> Tensor");
   // -> grad_parameters and the norm gradients as above; adds into grad_cells unless it has no rows.
   m.def(
       "roi_dynamic_conv_backward(Tensor grad, Tensor[] features, Tensor boxes, Tensor parameters, "
       "Tensor norm1_weight, Tensor norm1_bias, Tensor norm2_weight, Tensor norm2_bias, "
       "int[] strides, int output_size, int sampling_ratio, str level_rule, float eps, "
-      "bool deterministic, Tensor(a!) grad_cells) -> (Tensor, Tensor)");
+      "bool allow_tf32, bool deterministic, Tensor(a!) grad_cells) -> (Tensor, Tensor)");
 
   // deltas [..., 4], boxes [..., 4] -> [..., 4]
   m.def(
@@ -88,6 +90,12 @@ SPARSE_RCNN_LIBRARY(SPARSE_RCNN_NAMESPACE, m) {
   m.def(
       "set_box_loss(Tensor boxes, Tensor matches, Tensor target_boxes, Tensor image_sizes) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+
+  // uint8 images B x [3, h, w] or [bytes], sizes [B, 4] (height, width, and those after the resize)
+  // -> [B, height, width, 3] of `dtype`
+  m.def(
+      "normalize_pad(Tensor[] images, Tensor sizes, int height, int width, float[] mean, "
+      "float[] std, ScalarType dtype) -> Tensor");
 
   // What was built, for doctor.
   m.def("cpu_capability() -> str");

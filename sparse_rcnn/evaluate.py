@@ -1,4 +1,4 @@
-"""``python -m sparse_rcnn.evaluate --data DIR|JSON --weights PATH``: the COCO metrics of a detector."""
+"""``python -m sparse_rcnn.evaluate --data DIR|FILE --weights PATH``: the COCO metrics of a detector."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sparse_rcnn.data.coco import CocoDataset, find_split
+from sparse_rcnn.data.dataset import DetectionDataset, some
+from sparse_rcnn.data.formats import SPLITS, open_dataset
 from sparse_rcnn.engine.evaluator import EvalResult, evaluate, match_classes
+from sparse_rcnn.engine.scoring import SCORERS, pick_scorer
+from sparse_rcnn.engine.stages import StageResult, evaluate_stages
 from sparse_rcnn.runtime import pick_device
 from sparse_rcnn.weights.atomic import atomic_write
 
@@ -21,17 +24,22 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
-    parser = _Parser(
-        prog="sparse_rcnn.evaluate", description="The 12 COCO numbers and the AP of every class (pycocotools)."
-    )
-    parser.add_argument("--data", required=True, help="COCO-style folder, or a COCO JSON file beside its images")
+    parser = _Parser(prog="sparse_rcnn.evaluate", description="The 12 COCO numbers and the AP of every class.")
+    parser.add_argument("--data", required=True, help="folder or file in COCO, YOLO or Pascal VOC format")
     parser.add_argument("--weights", required=True, help="checkpoint: own format, official or mmdetection")
-    parser.add_argument("--split", default="valid", choices=("train", "valid"), help="of a folder (default valid)")
+    parser.add_argument("--split", default="valid", choices=SPLITS, help="of a folder (default valid)")
     parser.add_argument("--json", metavar="FILE", help="write the metrics here")
     parser.add_argument("--detections", metavar="FILE", help="write the detections here, as COCO results")
     parser.add_argument("--batch-size", type=int, default=1, help="images a forward pass; 1 (default) has no padding")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast")
+    parser.add_argument("--tta", action="store_true", help="see each image at three sizes, plain and mirrored")
+    parser.add_argument(
+        "--stages", action="store_true", help="also score every stage of the head as if it were the last"
+    )
+    parser.add_argument(
+        "--scorer", default="auto", choices=SCORERS, help="auto (default): hotcoco where installed, the same numbers"
+    )
     return parser
 
 
@@ -44,10 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, 2)
     try:
-        result = evaluate(model, dataset, args.batch_size, args.dtype, progress=True)
+        options = {"batch_size": args.batch_size, "dtype": args.dtype, "progress": True, "scorer": args.scorer}
+        result = evaluate(model, dataset, tta=args.tta, **options)
         print("\n".join(table(result)))
+        record = {"weights": args.weights, "data": args.data, **result.to_dict()}
+        if args.stages:
+            stages = evaluate_stages(model, dataset, **options)
+            print("\n".join(stage_table(stages)))
+            record["stages"] = [stage.to_dict() for stage in stages]
         if args.json:
-            _write_json(args.json, {"weights": args.weights, "data": args.data, **result.to_dict()}, indent=2)
+            _write_json(args.json, record, indent=2)
         if args.detections:
             _write_json(args.detections, result.detections)
     except (ValueError, OSError, RuntimeError) as error:
@@ -61,13 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, CocoDataset]:
+def _load(args: argparse.Namespace) -> tuple[Any, DetectionDataset]:
     from sparse_rcnn.models import SparseRCNN
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
     device = pick_device(args.device)
-    dataset = CocoDataset(*find_split(args.data, args.split))
+    pick_scorer(args.scorer)
+    dataset = open_dataset(args.data, args.split)
+    if dataset.left_out:  # the numbers of a part are not those of the split
+        raise ValueError(f"{len(dataset.left_out)} images are missing or unreadable: {some(dataset.left_out)}")
     model = SparseRCNN.from_pretrained(args.weights)
     return model.to(device), dataset
 
@@ -76,9 +93,22 @@ def table(result: EvalResult) -> list[str]:
     """The result as lines of text."""
     lines = [f"{name:<6}{value:8.4f}" for name, value in result.metrics.items()]
     width = max(len(name) for name in (*result.per_class, "class")) + 2
-    lines += ["", f"{'class':<{width}}{'AP':>8}{'AP50':>8}"]
-    lines += [f"{name:<{width}}{ap['AP']:8.4f}{ap['AP50']:8.4f}" for name, ap in result.per_class.items()]
+    columns = next(iter(result.per_class.values()), {})
+    lines += ["", f"{'class':<{width}}" + "".join(f"{column:>8}" for column in columns)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{value:8.4f}" for value in values.values())
+        for name, values in result.per_class.items()
+    ]
     return lines + [f"note: {note}" for note in result.notes]
+
+
+def stage_table(stages: list[StageResult]) -> list[str]:
+    """The stages as lines of text."""
+    lines = ["", f"{'stage':<8}{'AP':>8}{'AP50':>8}{'AR100':>8}{'AP, NMS':>10}{'duplicates':>12}"]
+    for result in stages:
+        numbers = "".join(f"{result.metrics[name]:8.4f}" for name in ("AP", "AP50", "AR100"))
+        lines.append(f"{result.stage:<8}{numbers}{result.ap_with_nms:10.4f}{result.duplicates:12.2f}")
+    return lines
 
 
 def _write_json(path: str, value: Any, indent: int | None = None) -> None:

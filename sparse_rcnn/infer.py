@@ -85,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--recursive", action="store_true", help="look into subdirectories too")
     add("--weights", metavar="PATH", help="model directory or checkpoint; default: the bundled demo model")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1... (default: %(default)s)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: %(default)s)")
+    dtype = "auto (default) is float32 on a CPU, bfloat16 on a GPU"
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help=dtype)
+    add("--no-optimize", dest="optimize", action="store_false", help="run the model as it was trained, unfused")
+    warm_up = "sizes of images to make ready for before the first, height x width (800x1333,1080x1920)"
+    add("--warmup", type=_sizes, default=[], metavar="HxW,...", help=warm_up)
     add("--batch-size", type=int, default=1, metavar="B", help="images a forward pass (default: %(default)s)")
     select = parser.add_argument_group("which detections")
     add = select.add_argument
@@ -110,6 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--config-file", metavar="FILE", help="accepted and ignored")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="MODEL.WEIGHTS and MODEL.DEVICE")
     return parser
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    """ "800x1333,1080x1920" as (height, width) pairs."""
+    try:
+        sizes = [tuple(int(side) for side in size.split("x")) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(len(size) == 2 and min(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, more separated by commas, got {text!r}")
+    return sizes
 
 
 def _apply_official_options(options: argparse.Namespace) -> None:
@@ -199,7 +214,9 @@ class _Run:
             top_k=options.top_k,
             classes=options.classes,
             nms=options.nms,
+            optimize=options.optimize,
         )
+        self.predictor.warm_up(options.warmup)
         if options.inputs:
             self.feed: Any = ImageFeed(inputs, options.output, options.stages)
         else:
@@ -286,9 +303,12 @@ class _Run:
     def _summary(self, seconds: float) -> str:
         phases = ", ".join(f"{name} {value:.1f}" for name, value in self.predictor.timings.per_image().items())
         failed = f", {self.failures} failed" if self.failures else ""
+        optimized = self.predictor.optimized
+        buckets = optimized.report()["buckets"] if optimized is not None else []
+        captured = f"; captured {_count(len(buckets), 'shape')}" if buckets else ""
         return (
             f"{_count(self.images, 'image')}, {_count(self.detections, 'detection')}{failed} in {seconds:.1f} s; "
-            f"ms an image: {phases}"
+            f"ms an image: {phases}{captured}"
         )
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sparse_rcnn.data.decode import ImageError, decode_image
 from sparse_rcnn.data.transforms import network_size, resize
 from sparse_rcnn.detections import Detections, resolve_classes
+from sparse_rcnn.inference import OptimizedSparseRCNN, StaleWeightsError, resolve_dtype
+from sparse_rcnn.models import SparseRCNN
 from sparse_rcnn.sources import fetch_url, is_url
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +32,7 @@ class Timings:
     """Seconds spent, by phase, summed over ``images``.
 
     ``decode`` includes the reading (and what an iterator over images takes to give the next one), ``forward`` the
-    transfers to and from the device. Drawing and writing are not in here.
+    transfers to and from the device, and the preprocessing of an optimized model. Drawing and writing are not in here.
     """
 
     images: int = 0
@@ -51,7 +53,12 @@ class _Loaded:
 
     source: Any
     image: np.ndarray  # uint8 [H, W, 3] RGB, original size
-    network: Tensor  # uint8 [3, h, w] RGB, network size
+    size: tuple[int, int]  # (height, width) that the network sees it in
+
+    @property
+    def pixels(self) -> Tensor:
+        """uint8 [3, H, W], a view."""
+        return torch.from_numpy(self.image).permute(2, 0, 1)
 
 
 class Predictor:
@@ -61,14 +68,19 @@ class Predictor:
         model: a ``SparseRCNN`` (moved to the device and put in evaluation mode), or the path of a checkpoint that
             ``SparseRCNN.from_pretrained`` reads.
         device: a torch device, or ``auto``: CUDA if there is one, else the CPU.
-        dtype: ``float32``, or ``bfloat16`` or ``float16`` by autocast; boxes are float32 in any case.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 (or float16 where it has none) on a GPU,
+            float32 on a CPU. A half type that a CPU has no instructions for becomes float32, with a warning. Boxes are
+            float32 in any case.
         batch_size: images a forward pass. Images of unlike sizes are padded to a common one and the network sees the
             padding, as the original does: detections then differ a little from those of each image alone.
         score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
         nms: IoU of a class-wise suppression, see :meth:`Detections.nms`; None, the paper's way, is none.
+        optimize: run what ``SparseRCNN.optimize`` makes of the model, made again when its weights change; False runs
+            the model itself, half types by autocast.
 
     Attributes:
         model, device.
+        optimized: the ``OptimizedSparseRCNN``, or None.
         class_names: the K names in label order; "0", "1" and so on where the model has none.
         timings: :class:`Timings` since the predictor was made; assign a fresh one to start over.
 
@@ -86,9 +98,10 @@ class Predictor:
         top_k: int | None = None,
         classes: Sequence[str | int] | None = None,
         nms: float | None = None,
+        optimize: bool = True,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if dtype != "auto" and dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
         _check_at_least_one("batch_size", batch_size)
         _check_fraction("score_threshold", score_threshold)
         if top_k is not None:
@@ -97,12 +110,16 @@ class Predictor:
             _check_fraction("nms", nms)
         self.device = pick_device(device)
         if not isinstance(model, nn.Module):
-            from sparse_rcnn.models import SparseRCNN
-
             model = SparseRCNN.from_pretrained(model)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
-        self.dtype = _DTYPES[dtype]
+        self.model = model.eval().to(self.device)
+        self.dtype = _DTYPES.get(dtype)
         self.batch_size = batch_size
+        self.optimized: OptimizedSparseRCNN | None = None
+        if optimize and isinstance(model, SparseRCNN):
+            self._optimize()
+        else:
+            self.dtype = self.dtype or resolve_dtype(self.device, None)
+            self.model.to(memory_format=torch.channels_last)
         names = model.config.class_names
         self.class_names = tuple(names if names is not None else map(str, range(model.config.num_classes)))
         self.score_threshold = score_threshold
@@ -110,6 +127,18 @@ class Predictor:
         self.classes = None if classes is None else resolve_classes(classes, self.class_names)
         self.nms = nms
         self.timings = Timings()
+
+    def _optimize(self) -> None:
+        self.optimized = self.model.optimize(self.device, self.dtype, self.batch_size)
+        self.dtype = self.optimized.dtype
+
+    def warm_up(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Make ready for images of these sizes (height, width): on a GPU each shape of batch is captured once, by its
+        first batch if not now."""
+        config = self.model.config
+        for size in sizes:
+            if self.optimized is not None:
+                self.optimized.warm_up(network_size(*size, config.min_size, config.max_size))
 
     def predict(self, source: Any, return_stages: bool = False) -> Detections | list[Detections] | Iterator[Detections]:
         """Detect the objects in one image or in many.
@@ -178,37 +207,68 @@ class Predictor:
         start = time.perf_counter()
         image = read_image(source)
         decoded = time.perf_counter()
-        size = network_size(*image.shape[:2], self.model.config.min_size, self.model.config.max_size)
-        network = resize(torch.from_numpy(image).permute(2, 0, 1), size)
         self.timings.decode += decoded - start
-        self.timings.preprocess += time.perf_counter() - decoded
-        return _Loaded(source, image, network)
+        size = network_size(*image.shape[:2], self.model.config.min_size, self.model.config.max_size)
+        return _Loaded(source, image, size)
 
     @torch.inference_mode()
     def _detect(self, batch: list[_Loaded], return_stages: bool, keep_images: bool) -> list[Detections]:
-        start = time.perf_counter()
-        images = [loaded.network.to(self.device) for loaded in batch]
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            outputs = self.model(images, return_stages=return_stages)
-        results = outputs.detections if return_stages else outputs
-        results = [{key: value.cpu() for key, value in result.items()} for result in results]
-        stages = _stages_of(outputs, self.model.config.classification) if return_stages else [None] * len(batch)
+        if self.optimized is None or return_stages:
+            results, stages = self._run_stages(batch, return_stages)
+        else:
+            results, stages = self._run_optimized(batch), [None] * len(batch)
         computed = time.perf_counter()
         found = [
             self._finish(loaded, result, stage, keep_images)
             for loaded, result, stage in zip(batch, results, stages, strict=True)
         ]
         self.timings.images += len(batch)
-        self.timings.forward += computed - start
         self.timings.postprocess += time.perf_counter() - computed
         return found
+
+    def _run_optimized(self, batch: list[_Loaded]) -> list[dict[str, Tensor]]:
+        """Detections in pixels of each image as it was read."""
+        start = time.perf_counter()
+        images, sizes = [loaded.pixels for loaded in batch], [loaded.size for loaded in batch]
+        results = self._with_present_weights(lambda: self.optimized.detect(images, sizes))
+        self.timings.forward += time.perf_counter() - start
+        return results
+
+    def _with_present_weights(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except StaleWeightsError:
+            self._optimize()
+            return call()
+
+    def _run_stages(
+        self, batch: list[_Loaded], return_stages: bool
+    ) -> tuple[list[dict[str, Tensor]], list[_Stages | None]]:
+        """The same by the model's own contract: images at network size, resized here, and every stage if asked for."""
+        start = time.perf_counter()
+        images = [resize(loaded.pixels, loaded.size) for loaded in batch]
+        resized = time.perf_counter()
+        images = [image.to(self.device) for image in images]
+        if self.optimized is not None:
+            outputs = self._with_present_weights(lambda: self.optimized(images, return_stages=return_stages))
+        else:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                outputs = self.model(images, return_stages=return_stages)
+        results = outputs.detections if return_stages else outputs
+        results = [{key: value.cpu() for key, value in result.items()} for result in results]
+        for result, loaded in zip(results, batch, strict=True):
+            result["boxes"] = to_original(result["boxes"].float(), loaded.size, loaded.image.shape[:2])
+        stages = _stages_of(outputs, self.model.config.classification) if return_stages else [None] * len(batch)
+        self.timings.preprocess += resized - start
+        self.timings.forward += time.perf_counter() - resized
+        return results, stages
 
     def _finish(
         self, loaded: _Loaded, result: dict[str, Tensor], stages: _Stages | None, keep_image: bool
     ) -> Detections:
-        """Official post-processing: scale to the original image, clip, drop empty boxes; then the user's selection."""
-        size, network = loaded.image.shape[:2], loaded.network.shape[1:]
-        boxes = to_original(result["boxes"].float(), network, size)
+        """Official post-processing of scaled boxes: clip to the image, drop empty ones; then the user's selection."""
+        size, network = loaded.image.shape[:2], loaded.size
+        boxes = result["boxes"]
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0]] * 2))
         full = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         fields: dict[str, Any] = {}

@@ -216,12 +216,12 @@ class _Random:
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, device
         self.channels, self.inner = (256, 64) if seed % 2 else (32, 16)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=self._generator) * scale
-        return values.to(self.device, self._dtype)
+        return values.to(self.device, self.dtype)
 
     def boxes(self, *shape: int, awkward: bool = False) -> Tensor:
         """xyxy [*shape, 4] float32 on an image of 128 x 160, small ones.
@@ -244,7 +244,7 @@ class _Random:
 
     def norm(self, size: int) -> tuple[Tensor, Tensor]:
         weight, bias = steady_norm(size, self._generator)
-        return weight.to(self.device, self._dtype), bias.to(self.device, self._dtype)
+        return weight.to(self.device, self.dtype), bias.to(self.device, self.dtype)
 
     def norms(self) -> dict[str, Tensor]:
         named = {}
@@ -311,6 +311,13 @@ def _matching_cost(random: _Random) -> Problem:
     return Problem(inputs | {"image_sizes": random.sizes(2)}, wrt=())
 
 
+def _normalize_pad(random: _Random) -> Problem:
+    images = [random.integers(256, 37, 40, 3).byte().permute(2, 0, 1), random.integers(256, 3 * 40 * 40).byte()]
+    sizes = 20 + torch.cat([random.integers(17, 2, 2), random.integers(50, 2, 2)], dim=1)
+    inputs = {"images": images, "sizes": sizes, "shape": (72, 83), "dtype": random.dtype}
+    return Problem(inputs | {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, wrt=())
+
+
 def _refine_boxes(random: _Random) -> Problem:
     C = random.channels
     inputs = {"x": random(13, C), "boxes": random.boxes(13), "delta_weight": random(4, C, scale=C**-0.5)}
@@ -337,6 +344,7 @@ _PROBLEMS: dict[str, Callable[[_Random], Problem]] = {
     "linear_assignment": _linear_assignment,
     "matching_cost": _matching_cost,
     "multiscale_roi_align": _multiscale_roi_align,
+    "normalize_pad": _normalize_pad,
     "refine_boxes": _refine_boxes,
     "roi_dynamic_conv": _roi_dynamic_conv,
     "set_box_loss": _set_box_loss,

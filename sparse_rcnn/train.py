@@ -1,4 +1,4 @@
-"""``python -m sparse_rcnn.train --data DIR|JSON --output DIR``: train or fine-tune a detector."""
+"""``python -m sparse_rcnn.train --data DIR|FILE --output DIR``: train or fine-tune a detector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparse_rcnn.engine.checkpoint import load_checkpoint
-from sparse_rcnn.engine.trainer import TrainConfig, Trainer
+from sparse_rcnn.engine.config import TrainConfig
+from sparse_rcnn.engine.trainer import Trainer
 
 # What a run is made of; on --resume it comes from the checkpoint and must not be given differently.
 _FIXED = ("data", "preset", "weights", "backbone", "backbone_weights", "set", "seed", "batch_size")
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """One flag for each field of :class:`TrainConfig`; a flag that is not given leaves no attribute."""
     parser = _Parser(
         prog="sparse_rcnn.train",
-        description="Train a Sparse R-CNN on a COCO-style data set.",
+        description="Train a Sparse R-CNN on a data set in COCO, YOLO or Pascal VOC format.",
         epilog="With --resume every flag that is not given keeps the value that the run was started with.",
         argument_default=argparse.SUPPRESS,
     )
@@ -81,7 +82,7 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
             )
         flags = {**saved, **flags}
     if "data" not in flags:
-        raise ValueError("--data: expected a COCO-style folder or JSON file, got none")
+        raise ValueError("--data: expected a folder or file in COCO, YOLO or Pascal VOC format, got none")
     return TrainConfig(**flags)
 
 

@@ -26,39 +26,6 @@ template DynamicConvKernels<double> dynamic_conv_kernels();
 template DynamicConvKernels<BFloat16Bits> dynamic_conv_kernels();
 template DynamicConvKernels<HalfBits> dynamic_conv_kernels();
 
-DynamicConvOperands parse_dynamic_conv(const Tensor& features, int64_t rois, int64_t bins,
-                                       int64_t channels, const Tensor& parameters,
-                                       const Tensor& norm1_weight, const Tensor& norm1_bias,
-                                       const Tensor& norm2_weight, const Tensor& norm2_bias) {
-  const ScalarType dtype = features.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "features: expected float32, float64, bfloat16 or float16, got ",
-                  torch::headeronly::toString(dtype));
-  check_shape("norm1_weight", norm1_weight, {-1});
-  const int64_t inner = norm1_weight.size(0);
-  const DynamicConvSizes sizes{bins, channels, inner};
-  STD_TORCH_CHECK(channels >= 1 && inner >= 1, "features, norm1_weight: expected C, D >= 1, got ",
-                  channels, ", ", inner);
-  check_shape("parameters", parameters, {rois, sizes.parameters()});
-  check_dtype("parameters", parameters, dtype);
-  check_same_device("parameters", parameters, features);
-  DynamicConvOperands operands{.parameters = torch::stable::contiguous(parameters),
-                               .norms = {norm1_weight, norm1_bias, norm2_weight, norm2_bias},
-                               .rois = rois,
-                               .sizes = sizes,
-                               .dtype = dtype};
-  constexpr const char* names[] = {"norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"};
-  for (int index = 0; index < 4; ++index) {
-    Tensor& norm = operands.norms[index];
-    check_shape(names[index], norm, {index < 2 ? inner : channels});
-    check_dtype(names[index], norm, accumulation_type(dtype));
-    check_same_device(names[index], norm, features);
-    norm = torch::stable::contiguous(norm);
-  }
-  return operands;
-}
-
 namespace {
 
 template <typename T>
@@ -129,11 +96,10 @@ void run_backward(const DynamicConvOperands& operands, const Tensor& roi_feature
 
 Tensor dynamic_conv_cpu(const Tensor& roi_features, const Tensor& parameters,
                         const Tensor& norm1_weight, const Tensor& norm1_bias,
-                        const Tensor& norm2_weight, const Tensor& norm2_bias, double eps) {
-  check_shape("roi_features", roi_features, {-1, -1, -1});
+                        const Tensor& norm2_weight, const Tensor& norm2_bias, double eps,
+                        bool /*allow_tf32*/) {
   const DynamicConvOperands operands = parse_dynamic_conv(
-      roi_features, roi_features.size(0), roi_features.size(1), roi_features.size(2), parameters,
-      norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+      roi_features, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias);
   const Tensor x = torch::stable::contiguous(roi_features);
   const Tensor out = torch::stable::new_empty(x, x.sizes());
   with_stored_type(operands.dtype,
@@ -144,14 +110,10 @@ Tensor dynamic_conv_cpu(const Tensor& roi_features, const Tensor& parameters,
 std::tuple<Tensor, Tensor, Tensor> dynamic_conv_backward_cpu(
     const Tensor& grad, const Tensor& roi_features, const Tensor& parameters,
     const Tensor& norm1_weight, const Tensor& norm1_bias, const Tensor& norm2_weight,
-    const Tensor& norm2_bias, double eps) {
-  check_shape("roi_features", roi_features, {-1, -1, -1});
+    const Tensor& norm2_bias, double eps, bool /*allow_tf32*/) {
   const DynamicConvOperands operands = parse_dynamic_conv(
-      roi_features, roi_features.size(0), roi_features.size(1), roi_features.size(2), parameters,
-      norm1_weight, norm1_bias, norm2_weight, norm2_bias);
-  check_shape("grad", grad, {operands.rois, operands.sizes.bins, operands.sizes.channels});
-  check_dtype("grad", grad, operands.dtype);
-  check_same_device("grad", grad, roi_features);
+      roi_features, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+  check_dynamic_conv_grad(grad, operands);
   const Tensor x = torch::stable::contiguous(roi_features);
   const Tensor dense_grad = torch::stable::contiguous(grad);
   const DynamicConvGrads grads{

@@ -14,20 +14,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/check.h"
+#include "common/dynamic_conv_args.h"
 #include "cpu/isa.h"
 
 namespace sparse_rcnn {
-
-struct DynamicConvSizes {
-  int64_t bins;      // P
-  int64_t channels;  // C
-  int64_t inner;     // D
-
-  int64_t features() const { return bins * channels; }
-  int64_t parameters() const { return 2 * channels * inner; }
-  int64_t norms() const { return 2 * (inner + channels); }
-};
 
 // Both LayerNorms, each parameter followed by zeros up to a whole vector of any level.
 template <typename A>
@@ -83,24 +73,6 @@ struct DynamicConvKernels {
 
 template <typename T>
 DynamicConvKernels<T> dynamic_conv_kernels();
-
-// The operands of an interaction beside the RoI features, checked and contiguous.
-struct DynamicConvOperands {
-  Tensor parameters;  // [R, 2 * C * D]
-  Tensor norms[4];    // weight and bias of the first norm [D] and of the second [C]
-  int64_t rois;
-  DynamicConvSizes sizes;
-  ScalarType dtype;
-
-  Tensor new_grad_norms() const {
-    return torch::stable::new_empty(norms[0], {rois, sizes.norms()});
-  }
-};
-
-DynamicConvOperands parse_dynamic_conv(const Tensor& features, int64_t rois, int64_t bins,
-                                       int64_t channels, const Tensor& parameters,
-                                       const Tensor& norm1_weight, const Tensor& norm1_bias,
-                                       const Tensor& norm2_weight, const Tensor& norm2_bias);
 
 // The norms as the kernels want them, in memory of its own.
 template <typename A>

@@ -235,7 +235,7 @@ Tensor roi_dynamic_conv_cpu(const std::vector<Tensor>& features, const Tensor& b
                             const Tensor& norm1_bias, const Tensor& norm2_weight,
                             const Tensor& norm2_bias, const std::vector<int64_t>& strides,
                             int64_t output_size, int64_t sampling_ratio,
-                            const std::string& level_rule, double eps) {
+                            const std::string& level_rule, double eps, bool /*allow_tf32*/) {
   const RoiDynamicConvInputs inputs = parse_roi_dynamic_conv(
       features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, strides,
       output_size, sampling_ratio, level_rule, eps);
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor> roi_dynamic_conv_backward_cpu(
     const Tensor& parameters, const Tensor& norm1_weight, const Tensor& norm1_bias,
     const Tensor& norm2_weight, const Tensor& norm2_bias, const std::vector<int64_t>& strides,
     int64_t output_size, int64_t sampling_ratio, const std::string& level_rule, double eps,
-    bool /*deterministic: always*/, Tensor grad_cells) {
+    bool /*allow_tf32*/, bool /*deterministic: always*/, Tensor grad_cells) {
   const RoiDynamicConvInputs inputs = parse_roi_dynamic_conv(
       features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, strides,
       output_size, sampling_ratio, level_rule, eps);

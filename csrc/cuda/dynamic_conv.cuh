@@ -7,11 +7,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <tuple>
 
-#include "common/check.h"
 #include "common/cuda.cuh"
+#include "common/dynamic_conv_args.h"
 
 namespace sparse_rcnn {
 
@@ -61,14 +60,9 @@ __host__ __device__ constexpr N larger(N a, N b) {
   return a > b ? a : b;
 }
 
+// float is taken in TF32.
 template <class T>
-inline constexpr bool kTensorCoreType = std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>;
-
-// Whether the tensor-core kernels are made for these sizes.
-inline bool suits_tensor_cores(int64_t bins, int64_t channels, int64_t inner) {
-  return bins >= 1 && bins <= 64 && channels >= 16 && channels <= 256 && channels % 16 == 0 &&
-         inner >= 16 && inner <= 64 && inner % 16 == 0;
-}
+inline constexpr bool kTensorCoreType = !std::is_same_v<T, double>;
 
 // The sizes of the released models, for which the tensor-core kernels are compiled a second time.
 template <class T>
@@ -85,60 +79,39 @@ inline Tensor aligned(const Tensor& tensor) {
   return address % 16 == 0 ? dense : torch::stable::clone(dense);
 }
 
-// Checked operands of an interaction, without the RoI features.
-struct DynamicConvInputs {
-  Tensor parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias;
-  int64_t rois, bins, channels, inner;
-  ScalarType dtype;
+// Operands as the kernels want them, and what is the same for both directions.
+struct DynamicConvInputs : DynamicConvOperands {
+  double eps;
+  bool allow_tf32;
+
+  DynamicConvInputs(const DynamicConvOperands& operands, double eps_, bool allow_tf32_)
+      : DynamicConvOperands(operands), eps(eps_), allow_tf32(allow_tf32_) {
+    parameters = aligned(parameters);
+    for (Tensor& norm : norms) norm = aligned(norm);
+  }
 
   template <class T>
-  DynamicConvArgs<T> args(double eps) const {
-    using A = acc_t<T>;
-    return {parameters.const_data_ptr<T>(), norm1_weight.const_data_ptr<A>(),
-            norm1_bias.const_data_ptr<A>(), norm2_weight.const_data_ptr<A>(),
-            norm2_bias.const_data_ptr<A>(), rois,
-            static_cast<int>(bins),         static_cast<int>(channels),
-            static_cast<int>(inner),        static_cast<A>(eps)};
+  DynamicConvArgs<T> args() const {
+    const auto norm = [&](int index) { return norms[index].const_data_ptr<acc_t<T>>(); };
+    return {.parameters = parameters.const_data_ptr<T>(),
+            .norm1_weight = norm(0),
+            .norm1_bias = norm(1),
+            .norm2_weight = norm(2),
+            .norm2_bias = norm(3),
+            .rois = rois,
+            .bins = static_cast<int>(sizes.bins),
+            .channels = static_cast<int>(sizes.channels),
+            .inner = static_cast<int>(sizes.inner),
+            .eps = static_cast<acc_t<T>>(eps)};
   }
-  Tensor new_grad_norms() const {
-    return torch::stable::new_empty(parameters, {rois, 2 * (inner + channels)},
-                                    accumulation_type(dtype));
+
+  // Whether the tensor-core kernels may take it, and are made for these sizes.
+  bool suits_tensor_cores() const {
+    const auto [P, C, D] = sizes;
+    return (dtype != ScalarType::Float || allow_tf32) && P >= 1 && P <= 64 && C >= 16 && C <= 256 &&
+           C % 16 == 0 && D >= 16 && D <= 64 && D % 16 == 0;
   }
 };
-
-// `like` is on the device, and of the dtype, that all have in common.
-inline DynamicConvInputs parse_dynamic_conv(const Tensor& like, int64_t rois, int64_t bins,
-                                            int64_t channels, const Tensor& parameters,
-                                            const Tensor& norm1_weight, const Tensor& norm1_bias,
-                                            const Tensor& norm2_weight, const Tensor& norm2_bias) {
-  check_shape("norm1_weight", norm1_weight, {-1});
-  const int64_t inner = norm1_weight.size(0);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(rois <= kMost && bins <= kMost && channels <= kMost / 2 && inner <= kMost / 2,
-                  "roi_features: expected sizes below 2^31, got R = ", rois, ", P = ", bins,
-                  ", C = ", channels, ", D = ", inner);
-  check_shape("parameters", parameters, {rois, 2 * channels * inner});
-  check_shape("norm1_bias", norm1_bias, {inner});
-  check_shape("norm2_weight", norm2_weight, {channels});
-  check_shape("norm2_bias", norm2_bias, {channels});
-  check_dtype("parameters", parameters, like.scalar_type());
-  check_same_device("parameters", parameters, like);
-  const auto norm = [&](const char* name, const Tensor& tensor) {
-    check_dtype(name, tensor, accumulation_type(like.scalar_type()));
-    check_same_device(name, tensor, like);
-    return aligned(tensor);
-  };
-  return {aligned(parameters),
-          norm("norm1_weight", norm1_weight),
-          norm("norm1_bias", norm1_bias),
-          norm("norm2_weight", norm2_weight),
-          norm("norm2_bias", norm2_bias),
-          rois,
-          bins,
-          channels,
-          inner,
-          like.scalar_type()};
-}
 
 // Calls body(T{}) for the element type T of `dtype`.
 template <class Body>
@@ -161,10 +134,11 @@ void with_element_type(const char* name, ScalarType dtype, Body body) {
 // The operators, for roi_dynamic_conv where it is not fused.
 Tensor dynamic_conv_cuda(const Tensor& roi_features, const Tensor& parameters,
                          const Tensor& norm1_weight, const Tensor& norm1_bias,
-                         const Tensor& norm2_weight, const Tensor& norm2_bias, double eps);
+                         const Tensor& norm2_weight, const Tensor& norm2_bias, double eps,
+                         bool allow_tf32);
 std::tuple<Tensor, Tensor, Tensor> dynamic_conv_backward_cuda(
     const Tensor& grad, const Tensor& roi_features, const Tensor& parameters,
     const Tensor& norm1_weight, const Tensor& norm1_bias, const Tensor& norm2_weight,
-    const Tensor& norm2_bias, double eps);
+    const Tensor& norm2_bias, double eps, bool allow_tf32);
 
 }  // namespace sparse_rcnn

@@ -1,4 +1,5 @@
-// The dynamic interaction of one RoI in one block, by tensor cores: bfloat16 and float16.
+// The dynamic interaction of one RoI in one block, by tensor cores: bfloat16, float16, and float32
+// in TF32.
 //
 //   hidden = relu(norm1(x W1)),  out = relu(norm2(hidden W2)),  x [P, C], W1 [C, D], W2 [D, C]
 //
@@ -11,11 +12,14 @@
 //   shared memory  63.3 KB: W1 36 KB, which W2 takes over in two steps as the rows of W1 are used
 //                  up; x 25.3 KB, which hidden takes over; sums 2 KB
 //   registers      80, no spills (other sizes: up to 106, two blocks)
+// In TF32, two blocks: W1 comes in four pieces by way of two buffers, 36 KB, x has 50.5 KB, and W2
+// and hidden lie in the place of all three; 88.5 KB, 88 registers.
 //
 // Predicted for an H200, not measured. A RoI moves 64 KB of parameters and 25 KB in and out each:
 // 3.5 us of one of 132 multiprocessors at 4.3 TB/s, against 0.7 us of mma (3.2 MFLOP, padded
 // to 4.2) and 2.4 us of issue (17,000 warp instructions). 300 RoIs are one wave of 8 us, 4800 take
-// 130 us.
+// 130 us. In TF32 it moves 228 KB, 7 us of a multiprocessor, against 1.4 us of mma and 4 us of
+// issue, more than a third of which rounds operands: 300 RoIs take 18 to 26 us, 4800 0.3 ms.
 // budget: dynamic_conv_forward_kernel: 106 registers, 101376 bytes shared, 256 threads
 #pragma once
 
@@ -42,7 +46,7 @@ struct StoredRois {
   __device__ bool wants_grad() const { return true; }
   template <class Block>
   __device__ void backward(const Block& block) const {
-    backward_x(block, grad + block.roi * block.P * block.C, block.C);
+    block.backward_x(GlobalRows<T>{grad + block.roi * block.P * block.C, block.C});
   }
 };
 
@@ -60,16 +64,28 @@ struct NormSums {
       : mean(static_cast<float*>(shared)), variance(mean + kSum), gradient(variance + kSum) {}
 };
 
-// Where W1 is, then W2 and behind it norm2's weight and bias, in bytes.
+// W2, and behind it norm2's weight and bias, in bytes.
 template <class T>
-__host__ __device__ constexpr size_t weight_bytes(int channels, int inner) {
-  return larger(channels * tile_pitch(inner) * sizeof(T),
-                inner * tile_pitch(channels) * sizeof(T) + 2 * channels * sizeof(float));
+__host__ __device__ constexpr size_t w2_bytes(int channels, int inner) {
+  return tile_bytes<T>(inner, channels) + 2 * channels * sizeof(float);
 }
 
 template <class T>
 __device__ __forceinline__ float* norm2_place(const Tile<T>& w2, int inner) {
   return reinterpret_cast<float*>(w2.data + inner * w2.pitch);
+}
+
+// Rows of W1 in a piece, where it comes in pieces.
+inline constexpr int kW1Rows = 64;
+
+template <class T>
+inline constexpr bool kWholeW1 = !std::is_same_v<T, float>;
+
+// Where W1, or two pieces of it, are, in bytes.
+template <class T>
+__host__ __device__ constexpr size_t w1_bytes(int channels, int inner) {
+  const int rows = kWholeW1<T> || channels < 2 * kW1Rows ? channels : 2 * kW1Rows;
+  return tile_bytes<T>(rows, inner);
 }
 
 // Starts copying norm2's weight and bias, one after the other.
@@ -85,13 +101,14 @@ __device__ __forceinline__ void copy_norm2_async(const DynamicConvArgs<T>& args,
 // Byte offsets in shared memory.
 template <class T>
 struct ForwardPlan {
-  size_t sums, x, scratch;  // W1 and W2 are at 0
+  size_t x, hidden, sums, scratch;  // W1 and W2 are at 0
 
+  // W2 and hidden may take the place of x, but for the rows of W2 that come while x is in use.
   __host__ __device__ ForwardPlan(int bins, int channels, int inner) {
-    const size_t wide = tile_pitch(channels), narrow = tile_pitch(inner);
-    sums = weight_bytes<T>(channels, inner);
-    x = sums + NormSums::kForward * sizeof(float);
-    scratch = x + bins * larger(wide, narrow) * sizeof(T);
+    x = w1_bytes<T>(channels, inner);
+    hidden = larger(x, w2_bytes<T>(channels, inner));
+    sums = larger(x + tile_bytes<T>(bins, channels), hidden + tile_bytes<T>(bins, inner));
+    scratch = sums + NormSums::kForward * sizeof(float);
   }
 };
 
@@ -171,9 +188,13 @@ struct WidePlace {
   }
 };
 
+// Two blocks on a multiprocessor are what shared memory has room for in TF32.
+template <class T>
+inline constexpr int kForwardBlocks = std::is_same_v<T, float> ? 2 : 3;
+
 // kChannels and kInner are args.channels and args.inner if known beforehand, else 0.
 template <class T, class Rois, int kChannels, int kInner>
-__global__ void __launch_bounds__(kTileThreads, kChannels ? 3 : 2)
+__global__ void __launch_bounds__(kTileThreads, kChannels ? kForwardBlocks<T> : 2)
     dynamic_conv_forward_kernel(const DynamicConvArgs<T> args, const __grid_constant__ Rois rois,
                                 T* out) {
   const int P = args.bins, C = kChannels ? kChannels : args.channels;
@@ -183,42 +204,55 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 3 : 2)
   char* const shared = dynamic_shared<char>();
   // Rows from P on repeat the last: their results are not used.
   const Tile<T> x{reinterpret_cast<T*>(shared + plan.x), tile_pitch(C), P - 1};
-  const Tile<T> hidden{x.data, tile_pitch(D), P - 1};
+  const Tile<T> hidden{reinterpret_cast<T*>(shared + plan.hidden), tile_pitch(D), P - 1};
   T* const weights = reinterpret_cast<T*>(shared);
-  const Tile<T> w1{weights, tile_pitch(D), kAllRows};
   const Tile<T> w2{weights, tile_pitch(C), kAllRows};
   float* const norm2 = norm2_place(w2, D);
   const NormSums buffers(shared + plan.sums);
-
   const T* const w1_source = args.parameters + roi * 2 * C * D;
   const T* const w2_source = w1_source + C * D;
-  const int half = (C / 16 + 1) / 2 * 16;
-  copy_tile_async(w1, w1_source, D, 0, half, 0, D);
-  rois.start(x, roi, P, C, 0, half);
-  cp_async_commit();
-  copy_tile_async(w1, w1_source, D, half, C, 0, D);
-  rois.start(x, roi, P, C, half, C);
-  cp_async_commit();
-  rois.finish(x, roi, shared + plan.scratch);
 
   {
     const NarrowPlace place(D);
     WarpTile<1> tile;
-    cp_async_wait<1>();
-    __syncthreads();
-    if (place.row < P) {
-      tile.template multiply<Stored::straight, Stored::straight>(x, place.row, w1, place.columns, 0,
-                                                                 half);
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-    // The first rows of W1 are used up: as many rows of W2 as fit into their place follow.
-    const int ready = min(D, half * w1.pitch / w2.pitch);
-    copy_tile_async(w2, w2_source, C, 0, ready, 0, C);
-    cp_async_commit();
-    if (place.row < P) {
-      tile.template multiply<Stored::straight, Stored::straight>(x, place.row, w1, place.columns,
-                                                                 half, C);
+    int ready = 0;  // rows of W2 that are on their way
+    if constexpr (kWholeW1<T>) {
+      const Tile<T> w1{weights, tile_pitch(D), kAllRows};
+      const int half = (C / 16 + 1) / 2 * 16;
+      copy_tile_async(w1, w1_source, D, 0, half, 0, D);
+      rois.start(x, roi, P, C, 0, half);
+      cp_async_commit();
+      copy_tile_async(w1, w1_source, D, half, C, 0, D);
+      rois.start(x, roi, P, C, half, C);
+      cp_async_commit();
+      rois.finish(x, roi, shared + plan.scratch);
+      cp_async_wait<1>();
+      __syncthreads();
+      if (place.row < P) {
+        tile.template multiply<Stored::straight, Stored::straight>(x, place.row, w1, place.columns,
+                                                                   0, half);
+      }
+      cp_async_wait<0>();
+      __syncthreads();
+      // The first rows of W1 are used up: as many rows of W2 as fit into their place follow.
+      ready = min(D, half * w1.pitch / w2.pitch);
+      copy_tile_async(w2, w2_source, C, 0, ready, 0, C);
+      cp_async_commit();
+      if (place.row < P) {
+        tile.template multiply<Stored::straight, Stored::straight>(x, place.row, w1, place.columns,
+                                                                   half, C);
+      }
+    } else {
+      const auto w1 =
+          row_pieces(w1_source, C, kW1Rows, D, weights, weights + kW1Rows * tile_pitch(D));
+      rois.start(x, roi, P, C, 0, C);
+      w1.start();
+      rois.finish(x, roi, shared + plan.scratch);
+      w1.use([&](int first, int count, const Tile<T>& piece) {
+        if (place.row >= P) return;
+        tile.template multiply<Stored::straight, Stored::straight>(
+            x.from_column(first), place.row, piece, place.columns, 0, count);
+      });
     }
     float rstd[2];
     normalise<NarrowPlace::kSlots>(tile, place.columns, buffers, place.rows, place.slot, D,
@@ -228,13 +262,13 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 3 : 2)
     copy_norm2_async(args, C, norm2);
     cp_async_commit();
     activate(tile, place.columns, args.norm1_weight, args.norm1_bias);
-    tile.store(hidden.data, hidden.pitch, place.row, P, place.columns);
+    tile.store(hidden, place.row, P, place.columns);
   }
   cp_async_wait<0>();
   __syncthreads();
 
   const WidePlace place(C);
-  T* const result = out + roi * P * C;
+  const GlobalRows<T> result{out + roi * P * C, C};
   for (int row = 0; row < P; row += 32) {
     WarpTile<2> tile;
     tile.template multiply<Stored::straight, Stored::straight>(hidden, row, w2, place.columns, 0,
@@ -243,8 +277,22 @@ __global__ void __launch_bounds__(kTileThreads, kChannels ? 3 : 2)
     normalise<WidePlace::kSlots>(tile, place.columns, buffers, place.rows, place.slot, C, args.eps,
                                  rstd);
     activate(tile, place.columns, norm2, norm2 + C);
-    tile.store(result, C, row, P, place.columns);
+    tile.store(result, row, P, place.columns);
   }
+}
+
+// Launches the kernel if it suits.
+template <class T, class Rois>
+bool launch_forward(const DynamicConvInputs& inputs, const Rois& rois, const Tensor& out) {
+  const DynamicConvArgs<T> args = inputs.args<T>();
+  const ForwardPlan<T> plan(args.bins, args.channels, args.inner);
+  const size_t shared = plan.scratch + rois.scratch_bytes();
+  if (!inputs.suits_tensor_cores() || shared > kSharedLimit) return false;
+  const auto kernel = is_usual_size(args) ? dynamic_conv_forward_kernel<T, Rois, 256, 64>
+                                          : dynamic_conv_forward_kernel<T, Rois, 0, 0>;
+  launch(kernel, one_block_a_roi(args.rois), dim3(kTileThreads), shared, current_stream(out), args,
+         rois, out.mutable_data_ptr<T>());
+  return true;
 }
 
 }  // namespace sparse_rcnn

@@ -1,6 +1,6 @@
 // The dynamic interaction, forward and backward, of any size and element type without tensor cores:
-// float32 and float64 always (products are exact float32 or float64 FMAs, never TF32), bfloat16 and
-// float16 where the sizes do not suit the tensor-core kernels.
+// float64, float32 unless TF32 is allowed (products are exact FMAs), and all types where the sizes
+// do not suit the tensor-core kernels.
 //
 // A block takes one RoI after another. Intermediates are kept in the accumulation type in a
 // workspace: dynamic shared memory if it fits, else a slot of global memory for each block. Results
@@ -197,12 +197,12 @@ struct SimtWorkspace {
   }
 };
 
-inline int64_t simt_forward_elements(const DynamicConvInputs& inputs) {
-  return inputs.bins * (inputs.channels + inputs.inner);
+inline int64_t simt_forward_elements(const DynamicConvSizes& sizes) {
+  return sizes.bins * (sizes.channels + sizes.inner);
 }
 
-inline int64_t simt_backward_elements(const DynamicConvInputs& inputs) {
-  return inputs.bins * (inputs.channels + 2 * inputs.inner + 2);
+inline int64_t simt_backward_elements(const DynamicConvSizes& sizes) {
+  return sizes.bins * (sizes.channels + 2 * sizes.inner + 2);
 }
 
 // How a SIMT kernel with a workspace of so many elements is launched.
@@ -222,7 +222,7 @@ struct SimtLaunch {
       return;
     }
     const int64_t blocks = std::min(kBlocks, inputs.rois);
-    memory = torch::stable::new_empty(inputs.norm1_weight, {blocks, elements});
+    memory = torch::stable::new_empty(inputs.norms[0], {blocks, elements});
     workspace = {memory.mutable_data_ptr<A>(), elements};
     grid = one_block_a_roi(blocks);
   }

@@ -366,16 +366,7 @@ Tensor multiscale_roi_align_cuda(const std::vector<Tensor>& features, const Tens
   const RoiAlignInputs inputs =
       parse_roi_align(features, boxes, strides, output_size, sampling_ratio, level_rule);
   const DeviceGuard guard(inputs.boxes);
-  const RoiAlignArgs& args = inputs.args;
-  Tensor pooled = torch::stable::new_empty(
-      features[0], {args.images, args.proposals, args.bins(), args.channels});
-  if (pooled.numel() > 0) {
-    check_roi_align_sizes(args, features[0].element_size());
-    with_type(inputs.dtype, [&](auto element) {
-      launch_multiscale_roi_align<decltype(element)>(inputs, pooled);
-    });
-  }
-  return pooled;
+  return pool_rois(inputs);
 }
 
 void multiscale_roi_align_backward_cuda(const Tensor& grad, const std::vector<Tensor>& features,
@@ -393,6 +384,19 @@ void multiscale_roi_align_backward_cuda(const Tensor& grad, const std::vector<Te
 }
 
 }  // namespace
+
+Tensor pool_rois(const RoiAlignInputs& inputs) {
+  const RoiAlignArgs& args = inputs.args;
+  Tensor pooled = torch::stable::new_empty(
+      inputs.maps[0], {args.images, args.proposals, args.bins(), args.channels});
+  if (pooled.numel() > 0) {
+    check_roi_align_sizes(args, pooled.element_size());
+    with_type(inputs.dtype, [&](auto element) {
+      launch_multiscale_roi_align<decltype(element)>(inputs, pooled);
+    });
+  }
+  return pooled;
+}
 
 void add_roi_align_gradient(const RoiAlignInputs& inputs, const Tensor& grad, bool deterministic,
                             const Tensor& grad_cells) {

@@ -394,6 +394,9 @@ inline void check_roi_align_sizes(const RoiAlignArgs& args, size_t element_size)
   }
 }
 
+// The pooled features, [B, N, P, C]. In multiscale_roi_align.cu.
+Tensor pool_rois(const RoiAlignInputs& inputs);
+
 // Adds the gradient of the maps, given that of the pooled features, [B, N, P, C], contiguous and of
 // the maps' type, into grad_cells. In multiscale_roi_align.cu.
 void add_roi_align_gradient(const RoiAlignInputs& inputs, const Tensor& grad, bool deterministic,

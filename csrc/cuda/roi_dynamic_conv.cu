@@ -4,14 +4,13 @@
 // shared memory, into grad_cells (roi_align.cuh). Budgets: dynamic_conv_forward.cuh,
 // dynamic_conv_backward.cuh, dynamic_conv_simt.cuh; the forward needs 1.8 KB more, for the taps.
 //
-// Fused, for float32 boxes, are bfloat16 and float16 in the sizes of the tensor-core kernels, and
-// float32 with C a multiple of 4 whose intermediates fit into shared memory. All else, and a
-// deterministic backward, goes by way of RoI features, or their gradient, in global memory.
+// Fused, for float32 boxes, is what the tensor-core kernels take, and exact float32 with C a
+// multiple of 4 whose intermediates fit into shared memory. All else, and a deterministic backward,
+// goes by way of RoI features, or their gradient, in global memory.
 //
 // Predicted for an H200, not measured: the forward is bound by the gather of the footprints from
 // the L2 cache, 170 to 210 KB a RoI beside 89 KB of parameters and result. At 5 TB/s that is 7 us
 // of one of 132 multiprocessors a RoI: 21 us for 300 RoIs, 0.25 ms for 4800.
-// budget: pool_rois_kernel: 72 registers, 65536 bytes shared, 256 threads
 #include <algorithm>
 #include <string>
 #include <tuple>
@@ -27,29 +26,31 @@
 namespace sparse_rcnn {
 namespace {
 
-// Pools box `roi` into target[bin * pitch + channel]; follow it by a barrier. `scratch` is
-// roi_taps_bytes(). Without kDoubleBoxes the boxes must be float.
-template <int N, bool kDoubleBoxes, class T>
-__device__ __forceinline__ void pool_roi(const RoiAlignArgs& args, int64_t roi, T* target,
-                                         int64_t pitch, char* scratch) {
+// Pools box `roi`, a float one, into rows of bins; follow it by a barrier. `scratch` is
+// roi_taps_bytes().
+template <class Target>
+__device__ __forceinline__ void pool_roi(const RoiAlignArgs& args, int64_t roi,
+                                         const Target& target, char* scratch) {
+  using T = std::remove_reference_t<decltype(*target.data)>;
   using A = acc_t<T>;
-  const auto taps = make_roi_taps<TapOrder::by_bin, A, kDoubleBoxes>(args, roi, scratch);
+  constexpr int N = kVecWidth<T>;
+  const auto taps = make_roi_taps<TapOrder::by_bin, A, false>(args, roi, scratch);
   pool_bins<N, T>(args, taps, 0, args.output_size, [&](int bin, int channel, const Vec<A, N>& sum) {
     Vec<T, N> rounded;
 #pragma unroll
     for (int e = 0; e < N; ++e) rounded[e] = from_acc<T>(sum[e]);
-    store_vec(target + bin * pitch + channel, rounded);
+    store_vec(target.place(bin, channel), rounded);
   });
 }
 
-// Adds dx[bin * pitch + channel], of box `roi`, into grad_cells; the boxes are float.
-template <class T>
-__device__ __forceinline__ void scatter_roi(const RoiAlignArgs& args, int64_t roi, const T* dx,
-                                            int pitch, acc_t<T>* grad_cells, char* scratch) {
+// Adds rows of bins of dx, of box `roi`, a float one, into grad_cells.
+template <class Source, class A>
+__device__ __forceinline__ void scatter_roi(const RoiAlignArgs& args, int64_t roi, const Source& dx,
+                                            A* grad_cells, char* scratch) {
   __syncthreads();
-  const auto taps = make_roi_taps<TapOrder::by_cell, acc_t<T>, false>(args, roi, scratch);
+  const auto taps = make_roi_taps<TapOrder::by_cell, A, false>(args, roi, scratch);
   scatter_cells<4>(args, taps, 0, static_cast<int>(args.channels), grad_cells,
-                   [&](int bin, int channel) { return load_vec<4>(dx + bin * pitch + channel); });
+                   [&](int bin, int channel) { return load_vec<4>(dx.place(bin, channel)); });
 }
 
 // Where the gradient of the RoI features goes: into grad_cells, or to `rois`, or nowhere.
@@ -69,7 +70,7 @@ struct PooledRois {
 
   __device__ void start(const Tile<T>&, int64_t, int, int, int, int) const {}
   __device__ void finish(const Tile<T>& x, int64_t roi, char* scratch) const {
-    pool_roi<kVecWidth<T>, false>(align, roi, x.data, x.pitch, scratch);
+    pool_roi(align, roi, x, scratch);
     __syncthreads();
   }
 
@@ -77,12 +78,11 @@ struct PooledRois {
   template <class Block>
   __device__ void backward(const Block& block) const {
     if (grad.rois != nullptr) {
-      backward_x(block, grad.rois + block.roi * block.P * block.C, block.C);
+      block.backward_x(GlobalRows<T>{grad.rois + block.roi * block.P * block.C, block.C});
       return;
     }
-    backward_x(block, block.grad.data, block.grad.pitch);
-    scatter_roi(align, block.roi, block.grad.data, block.grad.pitch, grad.cells,
-                reinterpret_cast<char*>(block.x.data));
+    block.backward_x(block.dy);
+    scatter_roi(align, block.roi, block.dy, grad.cells, block.scratch);
   }
 };
 
@@ -93,7 +93,7 @@ struct SimtPooledRois {
   RoiGrad<float> grad;
 
   __device__ const float* fetch(int64_t roi, int64_t, float* place, float* staging) const {
-    pool_roi<4, false>(align, roi, place, align.channels, reinterpret_cast<char*>(staging));
+    pool_roi(align, roi, rows_at(place), reinterpret_cast<char*>(staging));
     __syncthreads();
     return place;
   }
@@ -102,19 +102,14 @@ struct SimtPooledRois {
   }
   __device__ void backward(int64_t roi, int64_t, float* place, float* staging) const {
     if (grad.rois != nullptr) return;
-    scatter_roi(align, roi, place, static_cast<int>(align.channels), grad.cells,
-                reinterpret_cast<char*>(staging));
+    scatter_roi(align, roi, rows_at(place), grad.cells, reinterpret_cast<char*>(staging));
+  }
+
+ private:
+  __device__ GlobalRows<float, int64_t> rows_at(float* place) const {
+    return {place, align.channels};
   }
 };
-
-// RoI features for what is not fused.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads, 3)
-    pool_rois_kernel(const __grid_constant__ RoiAlignArgs args, T* rois) {
-  const int64_t roi = blockIdx.x;
-  pool_roi<1, true>(args, roi, rois + roi * args.output_size * args.output_size * args.channels,
-                    args.channels, dynamic_shared<char>());
-}
 
 // All that both directions begin with.
 struct Inputs {
@@ -123,108 +118,71 @@ struct Inputs {
 
   Tensor new_rois() const {
     return torch::stable::new_empty(
-        align.maps[0], {align.args.images, align.args.proposals, conv.bins, conv.channels});
+        align.maps[0], {align.args.images, align.args.proposals, conv.sizes.bins,
+                        conv.sizes.channels});
   }
+  // RoI features for what is not fused, [R, P, C].
   Tensor pooled() const {
-    const Tensor rois = new_rois();
-    with_element_type("features", conv.dtype, [&](auto element) {
-      using T = decltype(element);
-      launch(pool_rois_kernel<T>, one_block_a_roi(conv.rois), dim3(kTileThreads),
-             roi_taps_bytes<acc_t<T>>(align.args), current_stream(rois), align.args,
-             rois.mutable_data_ptr<T>());
-    });
-    return torch::stable::view(rois, {conv.rois, conv.bins, conv.channels});
+    return torch::stable::view(pool_rois(align),
+                               {conv.rois, conv.sizes.bins, conv.sizes.channels});
   }
 };
 
-bool fits(size_t shared_bytes) { return shared_bytes <= kSharedLimit; }
-
-// Whether the float32 kernels take it fused, with a workspace of so many elements.
+// Whether the exact float32 kernels take it fused, with a workspace of so many elements.
 bool suits_simt(const Inputs& inputs, int64_t elements) {
-  return inputs.conv.dtype == ScalarType::Float && has_vector_channels<float>(inputs.align.args) &&
-         roi_taps_bytes<float>(inputs.align.args) <= kSimtStaging * sizeof(float) &&
-         fits((kSimtStaging + elements) * sizeof(float));
+  return roi_taps_bytes<float>(inputs.align.args) <= kSimtStaging * sizeof(float) &&
+         (kSimtStaging + elements) * sizeof(float) <= kSharedLimit;
 }
 
 template <class T>
-bool launch_fused_forward(const Inputs& inputs, double eps, const Tensor& out) {
-  const DynamicConvArgs<T> args = inputs.conv.args<T>(eps);
-  const PooledRois<T> rois{inputs.align.args, {}};
-  const ForwardPlan<T> plan(args.bins, args.channels, args.inner);
-  const size_t shared = plan.scratch + rois.scratch_bytes();
-  if (!suits_tensor_cores(inputs.conv.bins, inputs.conv.channels, inputs.conv.inner) ||
-      !has_vector_channels<T>(rois.align) || !fits(shared)) {
-    return false;
+bool launch_fused_forward(const Inputs& inputs, const Tensor& out) {
+  if constexpr (kTensorCoreType<T>) {
+    if (!has_vector_channels<T>(inputs.align.args)) return false;
+    if (launch_forward<T>(inputs.conv, PooledRois<T>{inputs.align.args, {}}, out)) return true;
   }
-  const auto kernel = is_usual_size(args) ? dynamic_conv_forward_kernel<T, PooledRois<T>, 256, 64>
-                                          : dynamic_conv_forward_kernel<T, PooledRois<T>, 0, 0>;
-  launch(kernel, one_block_a_roi(args.rois), dim3(kTileThreads), shared, current_stream(out), args,
-         rois, out.mutable_data_ptr<T>());
-  return true;
-}
-
-template <>
-bool launch_fused_forward<float>(const Inputs& inputs, double eps, const Tensor& out) {
-  const int64_t elements = simt_forward_elements(inputs.conv);
-  if (!suits_simt(inputs, elements)) return false;
-  const SimtLaunch<float> simt(inputs.conv, elements);
-  launch(dynamic_conv_forward_simt_kernel<float, SimtPooledRois>, simt.grid, dim3(kSimtThreads),
-         simt.shared_bytes, current_stream(out), inputs.conv.args<float>(eps),
-         SimtPooledRois{inputs.align.args, {}}, out.mutable_data_ptr<float>(), simt.workspace);
-  return true;
-}
-
-template <>
-bool launch_fused_forward<double>(const Inputs&, double, const Tensor&) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t elements = simt_forward_elements(inputs.conv.sizes);
+    if (!suits_simt(inputs, elements)) return false;
+    const SimtLaunch<float> simt(inputs.conv, elements);
+    launch(dynamic_conv_forward_simt_kernel<float, SimtPooledRois>, simt.grid, dim3(kSimtThreads),
+           simt.shared_bytes, current_stream(out), inputs.conv.args<float>(),
+           SimtPooledRois{inputs.align.args, {}}, out.mutable_data_ptr<float>(), simt.workspace);
+    return true;
+  }
   return false;
 }
 
 template <class T>
-bool launch_fused_backward(const Inputs& inputs, double eps, const DynamicConvGrads<T>& grads,
+bool launch_fused_backward(const Inputs& inputs, const DynamicConvGrads<T>& grads,
                            const RoiGrad<T>& roi_grad, cudaStream_t stream) {
-  const DynamicConvArgs<T> args = inputs.conv.args<T>(eps);
-  const PooledRois<T> rois{inputs.align.args, roi_grad};
-  const BackwardPlan<T> plan(args.bins, args.channels, args.inner, rois.scratch_bytes());
-  if (!suits_tensor_cores(inputs.conv.bins, inputs.conv.channels, inputs.conv.inner) ||
-      !has_vector_channels<T>(rois.align) || !fits(plan.end)) {
-    return false;
+  if constexpr (kTensorCoreType<T>) {
+    if (!has_vector_channels<T>(inputs.align.args)) return false;
+    const PooledRois<T> rois{inputs.align.args, roi_grad};
+    if (launch_backward<T>(inputs.conv, rois, grads, stream)) return true;
   }
-  const auto kernel = is_usual_size(args) ? dynamic_conv_backward_kernel<T, PooledRois<T>, 256, 64>
-                                          : dynamic_conv_backward_kernel<T, PooledRois<T>, 0, 0>;
-  launch(kernel, one_block_a_roi(args.rois), dim3(kTileThreads), plan.end, stream, args, rois,
-         grads);
-  return true;
-}
-
-template <>
-bool launch_fused_backward<float>(const Inputs& inputs, double eps,
-                                  const DynamicConvGrads<float>& grads,
-                                  const RoiGrad<float>& roi_grad, cudaStream_t stream) {
-  const int64_t elements = simt_backward_elements(inputs.conv);
-  if (!suits_simt(inputs, elements)) return false;
-  const SimtLaunch<float> simt(inputs.conv, elements);
-  launch(dynamic_conv_backward_simt_kernel<float, SimtPooledRois>, simt.grid, dim3(kSimtThreads),
-         simt.shared_bytes, stream, inputs.conv.args<float>(eps),
-         SimtPooledRois{inputs.align.args, roi_grad}, grads, simt.workspace);
-  return true;
-}
-
-template <>
-bool launch_fused_backward<double>(const Inputs&, double, const DynamicConvGrads<double>&,
-                                   const RoiGrad<double>&, cudaStream_t) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t elements = simt_backward_elements(inputs.conv.sizes);
+    if (!suits_simt(inputs, elements)) return false;
+    const SimtLaunch<float> simt(inputs.conv, elements);
+    launch(dynamic_conv_backward_simt_kernel<float, SimtPooledRois>, simt.grid, dim3(kSimtThreads),
+           simt.shared_bytes, stream, inputs.conv.args<float>(),
+           SimtPooledRois{inputs.align.args, roi_grad}, grads, simt.workspace);
+    return true;
+  }
   return false;
 }
 
 Inputs parse(const std::vector<Tensor>& features, const Tensor& boxes, const Tensor& parameters,
              const Tensor& norm1_weight, const Tensor& norm1_bias, const Tensor& norm2_weight,
              const Tensor& norm2_bias, const std::vector<int64_t>& strides, int64_t output_size,
-             int64_t sampling_ratio, const std::string& level_rule) {
+             int64_t sampling_ratio, const std::string& level_rule, double eps, bool allow_tf32) {
   RoiAlignInputs align =
       parse_roi_align(features, boxes, strides, output_size, sampling_ratio, level_rule);
   check_roi_align_sizes(align.args, sizeof(double));
-  const DynamicConvInputs conv =
+  const DynamicConvInputs conv(
       parse_dynamic_conv(features[0], align.args.rois(), align.args.bins(), align.args.channels,
-                         parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias);
+                         parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias),
+      eps, allow_tf32);
   return {align, conv};
 }
 
@@ -233,18 +191,19 @@ Tensor roi_dynamic_conv_cuda(const std::vector<Tensor>& features, const Tensor& 
                              const Tensor& norm1_bias, const Tensor& norm2_weight,
                              const Tensor& norm2_bias, const std::vector<int64_t>& strides,
                              int64_t output_size, int64_t sampling_ratio,
-                             const std::string& level_rule, double eps) {
-  const Inputs inputs = parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight,
-                              norm2_bias, strides, output_size, sampling_ratio, level_rule);
+                             const std::string& level_rule, double eps, bool allow_tf32) {
+  const Inputs inputs =
+      parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
+            strides, output_size, sampling_ratio, level_rule, eps, allow_tf32);
   const DeviceGuard guard(boxes);
   const Tensor out = inputs.new_rois();
   bool fused = false;
   with_element_type("features", inputs.conv.dtype, [&](auto element) {
-    fused = launch_fused_forward<decltype(element)>(inputs, eps, out);
+    fused = launch_fused_forward<decltype(element)>(inputs, out);
   });
   if (fused) return out;
   const Tensor unfused = dynamic_conv_cuda(inputs.pooled(), parameters, norm1_weight, norm1_bias,
-                                           norm2_weight, norm2_bias, eps);
+                                           norm2_weight, norm2_bias, eps, allow_tf32);
   return torch::stable::view(unfused, out.sizes());
 }
 
@@ -253,9 +212,10 @@ std::tuple<Tensor, Tensor> roi_dynamic_conv_backward_cuda(
     const Tensor& parameters, const Tensor& norm1_weight, const Tensor& norm1_bias,
     const Tensor& norm2_weight, const Tensor& norm2_bias, const std::vector<int64_t>& strides,
     int64_t output_size, int64_t sampling_ratio, const std::string& level_rule, double eps,
-    bool deterministic, const Tensor& grad_cells) {
-  const Inputs inputs = parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight,
-                              norm2_bias, strides, output_size, sampling_ratio, level_rule);
+    bool allow_tf32, bool deterministic, const Tensor& grad_cells) {
+  const Inputs inputs =
+      parse(features, boxes, parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias,
+            strides, output_size, sampling_ratio, level_rule, eps, allow_tf32);
   const DeviceGuard guard(boxes);
   const Tensor dense_grad = aligned(parse_roi_align_grad(grad, inputs.align));
   const bool wanted = wants_grad_cells(grad_cells, inputs.align);
@@ -272,7 +232,7 @@ std::tuple<Tensor, Tensor> roi_dynamic_conv_backward_cuda(
     using T = decltype(element);
     using A = acc_t<T>;
     fused = launch_fused_backward<T>(
-        inputs, eps,
+        inputs,
         {dense_grad.const_data_ptr<T>(), grad_parameters.mutable_data_ptr<T>(),
          grad_norms.mutable_data_ptr<A>()},
         {scattered ? grad_cells.mutable_data_ptr<A>() : nullptr,
@@ -280,10 +240,11 @@ std::tuple<Tensor, Tensor> roi_dynamic_conv_backward_cuda(
         current_stream(boxes));
   });
   if (!fused) {
-    const Tensor flat =
-        torch::stable::view(dense_grad, {inputs.conv.rois, inputs.conv.bins, inputs.conv.channels});
-    std::tie(grad_rois, grad_parameters, grad_norms) = dynamic_conv_backward_cuda(
-        flat, inputs.pooled(), parameters, norm1_weight, norm1_bias, norm2_weight, norm2_bias, eps);
+    const Tensor rois = inputs.pooled();
+    const Tensor flat = torch::stable::view(dense_grad, rois.sizes());
+    std::tie(grad_rois, grad_parameters, grad_norms) =
+        dynamic_conv_backward_cuda(flat, rois, parameters, norm1_weight, norm1_bias, norm2_weight,
+                                   norm2_bias, eps, allow_tf32);
   }
   if (wanted && !(fused && scattered)) {
     add_roi_align_gradient(inputs.align, grad_rois, deterministic, grad_cells);

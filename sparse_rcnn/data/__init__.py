@@ -1,1 +1,1 @@
-"""Images and annotations: ``decode``, ``transforms``, ``coco``, ``loader`` and the ``synthetic`` scenes."""
+"""Images and annotations: data sets of any ``formats``, their ``health``, ``transforms``, ``loader``, ``synthetic``."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +30,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(ValueError):
@@ -63,12 +66,50 @@ def decode_image(
         name = str(source)
     else:
         raise TypeError(f"source: expected a path, bytes or a PIL image, got {type(source).__name__}")
+    with _named(name):
+        if isinstance(source, Image.Image):
+            return _pixels(source, max_pixels, apply_exif)
+        with _stream(source) as stream, _open(stream) as image:
+            return _pixels(image, max_pixels, apply_exif)
+
+
+def image_size(path: str | Path, apply_exif: bool = True) -> tuple[int, int]:
+    """(height, width) of an image as :func:`decode_image` gives it, from the file's header (of a TIFF, from all of it).
+
+    Raises:
+        ImageError: the file is missing, or its header is not that of an image that ``decode_image`` takes.
+    """
+    with _named(str(path)), _stream(path) as stream, _open(stream) as image:
+        _check_limit(image, None)
+        if image.format == "TIFF" or image.format == "PNG" and _text_after_pixels(stream):
+            image.load()  # Pillow turns a TIFF while it decodes, and reads on in a PNG
+        turned = apply_exif and _orientation(image) in _SIDEWAYS
+        return image.size if turned else image.size[::-1]
+
+
+def _text_after_pixels(stream: BinaryIO) -> bool:
+    """Whether chunks that can hold an orientation follow the pixels of a PNG; by the chunks' lengths alone."""
+    position, seen_pixels = 8, False
+    while len(head := _read_at(stream, position, 8)) == 8:
+        kind = head[4:]
+        if seen_pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            return True
+        seen_pixels |= kind == b"IDAT"
+        position += int.from_bytes(head[:4], "big") + 12
+    return False
+
+
+def _read_at(stream: BinaryIO, position: int, count: int) -> bytes:
+    stream.seek(position)
+    return stream.read(count)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turns whatever reading an image can raise into an ImageError that names it."""
     with _quiet:
         try:
-            if isinstance(source, Image.Image):
-                return _pixels(source, max_pixels, apply_exif)
-            with _stream(source) as stream, _open(stream) as image:
-                return _pixels(image, max_pixels, apply_exif)
+            yield
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
         # A damaged file can make a plugin of Pillow fail in any way: struct.error, IndexError, MemoryError, ...
@@ -106,10 +147,14 @@ def _open(stream: BinaryIO) -> Image.Image:
         raise ImageError("not an image of a known format") from None
 
 
-def _pixels(image: Image.Image, max_pixels: int | None, apply_exif: bool) -> np.ndarray:
+def _check_limit(image: Image.Image, max_pixels: int | None) -> None:
     limits = [limit for limit in (max_pixels, Image.MAX_IMAGE_PIXELS) if limit is not None]
     if limits and image.width * image.height > min(limits):
         raise ImageError(f"{image.width} x {image.height} pixels, more than the limit of {min(limits)}")
+
+
+def _pixels(image: Image.Image, max_pixels: int | None, apply_exif: bool) -> np.ndarray:
+    _check_limit(image, max_pixels)
     image.load()
     turn = _UPRIGHT.get(_orientation(image)) if apply_exif else None
     if image.mode.startswith(("I", "F")):
@@ -120,7 +165,8 @@ def _pixels(image: Image.Image, max_pixels: int | None, apply_exif: bool) -> np.
 
 def _orientation(image: Image.Image) -> object:
     try:
-        return image.getexif().get(_ORIENTATION)
+        # A PNG's own method decodes the pixels to look behind them.
+        return Image.Image.getexif(image).get(_ORIENTATION)
     except Exception:  # damaged EXIF says nothing about the pixels, which are good
         return None
 

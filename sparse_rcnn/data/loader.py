@@ -20,6 +20,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     workers: int = 0,
+    group_shapes: bool = False,
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     """Endless batches of transformed images. Every epoch visits every image once, in an order of its own.
 
@@ -33,6 +34,8 @@ def train_batches(
         seed: non-negative.
         start_step: first step, from 0.
         workers: processes that load; 0 loads in this one.
+        group_shapes: make batches of wide images and batches of tall ones, so that less of a batch is padding. At most
+            two batches an epoch are mixed. Needs ``dataset.images`` with ``height`` and ``width``.
 
     Raises:
         ValueError: the data set is empty or an argument is out of range.
@@ -45,9 +48,12 @@ def train_batches(
     ):  # fmt: skip
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    wide = np.zeros(len(dataset), dtype=bool)
+    if group_shapes:
+        wide = np.array([image["width"] > image["height"] for image in dataset.images])
     loader = DataLoader(
         _Samples(dataset, transform, seed),
-        batch_sampler=_Order(len(dataset), batch_size, seed, start_step),
+        batch_sampler=_Order(wide, batch_size, seed, start_step),
         num_workers=workers,
         collate_fn=_collate,
     )
@@ -71,22 +77,35 @@ def _collate(samples: list[tuple[Tensor, dict] | ImageError]) -> tuple[list[Tens
 
 
 class _Order:
-    """Endless batches of (position in the run, image index)."""
+    """Endless batches of (position in the run, image index), of one group as far as that goes."""
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, start_step: int) -> None:
-        self.num_images, self.batch_size, self.seed, self.start_step = num_images, batch_size, seed, start_step
+    def __init__(self, group: np.ndarray, batch_size: int, seed: int, start_step: int) -> None:
+        self.group, self.batch_size, self.seed, self.start_step = group, batch_size, seed, start_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        position, epoch, order = self.start_step * self.batch_size, -1, None
+        position, epoch, order, num_images = self.start_step * self.batch_size, -1, None, len(self.group)
         while True:
             batch = []
             for _ in range(self.batch_size):
-                if position // self.num_images != epoch:
-                    epoch = position // self.num_images
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-                batch.append((position, int(order[position % self.num_images])))
+                if position // num_images != epoch:
+                    epoch = position // num_images
+                    order = self._epoch(epoch)
+                batch.append((position, order[position % num_images]))
                 position += 1
             yield batch
+
+    def _epoch(self, epoch: int) -> list[int]:
+        """A permutation of the images, reordered so that each batch that lies within the epoch is of one group."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.group)).tolist()
+        first = -epoch * len(self.group) % self.batch_size  # images that complete the last epoch's last batch
+        arranged, waiting = order[:first], {False: [], True: []}
+        for index in order[first:]:
+            group = waiting[bool(self.group[index])]
+            group.append(index)
+            if len(group) == self.batch_size:
+                arranged += group
+                group.clear()
+        return arranged + waiting[False] + waiting[True]
 
 
 class _Samples(Dataset):

@@ -11,7 +11,7 @@ from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.models.backbone import load_backbone_weights
 
 if TYPE_CHECKING:
-    from sparse_rcnn.engine.trainer import TrainConfig
+    from sparse_rcnn.engine.config import TrainConfig
 
 
 def build_model(config: TrainConfig, class_names: Sequence[str]) -> tuple[SparseRCNN, list[str]]:

@@ -1,28 +1,23 @@
-"""COCO evaluation of a detector on a data set, by pycocotools."""
+"""COCO evaluation of a detector on a data set."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_rcnn.data.coco import CocoDataset
+from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.detections import Detections
+from sparse_rcnn.engine.scoring import coco_metrics, pick_scorer
+from sparse_rcnn.engine.views import detect_augmented
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.runtime import Predictor
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 @dataclass
@@ -31,10 +26,11 @@ class EvalResult:
 
     Attributes:
         metrics: the 12 COCO numbers by name (``METRICS``), 0..1, or -1 where there is nothing to find.
-        per_class: class name -> ``{"AP": ..., "AP50": ...}``, same range.
+        per_class: class name -> ``AP``, ``AP50``, ``APs``, ``APm``, ``APl``, ``AR100``, same range.
         detections: COCO results: ``image_id``, ``category_id``, ``bbox`` xywh in pixels of the file, ``score``.
         failed: one line for each image that could not be read; it counts as an image without detections.
         notes: one line for each thing about the classes that the reader of the numbers should know.
+        scorer: ``pycocotools`` or ``hotcoco``.
     """
 
     metrics: dict[str, float]
@@ -42,6 +38,7 @@ class EvalResult:
     detections: list[dict[str, Any]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    scorer: str = "pycocotools"
 
     def to_dict(self) -> dict[str, Any]:
         """Metrics, per-class figures, failures and notes, ready for JSON (without the detections)."""
@@ -51,35 +48,99 @@ class EvalResult:
             "num_detections": len(self.detections),
             "failed": self.failed,
             "notes": self.notes,
+            "scorer": self.scorer,
         }
 
 
 def evaluate(
-    model: nn.Module, dataset: CocoDataset, batch_size: int = 1, dtype: str = "float32", progress: bool = False
+    model: nn.Module,
+    dataset: DetectionDataset,
+    batch_size: int = 1,
+    dtype: str = "float32",
+    progress: bool = False,
+    scorer: str = "auto",
+    tta: bool = False,
 ) -> EvalResult:
-    """Run ``model`` over ``dataset`` and score the detections with pycocotools (at most 100 an image).
+    """Run ``model`` over ``dataset`` and score the detections as COCO does (at most 100 an image).
 
     The model is put in evaluation mode, and back in the mode it came in. Classes are matched by name.
 
     Args:
         model: a ``SparseRCNN``.
-        dataset: a ``CocoDataset``.
+        dataset: what to detect in.
         batch_size: images a forward pass. Padding is seen by the network, so that 1 is the exact protocol.
         dtype: ``float32``, or ``bfloat16`` for autocast.
         progress: show a bar.
+        scorer: see :func:`coco_metrics`.
+        tta: see every image at three sizes, plain and mirrored, see :func:`detect_augmented`; one at a time.
 
     Raises:
         ValueError: model and data set have no class in common.
     """
+    scorer = pick_scorer(scorer)
     categories, notes = match_classes(model.config, dataset)
-    detections, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress)
-    metrics, per_class = coco_metrics(ground_truth(dataset), detections)
-    names = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-    per_class = {names[category]: values for category, values in per_class.items()}
-    return EvalResult(metrics, per_class, detections, failed, notes)
+    numbering = Numbering(dataset)
+    rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress, tta)
+    metrics, per_class = coco_metrics(numbering.ground_truth(), rows, scorer)
+    per_class = {dataset.class_names[number - 1]: values for number, values in per_class.items()}
+    return EvalResult(metrics, per_class, numbering.to_coco(rows), failed, notes, scorer)
 
 
-def match_classes(config: SparseRCNNConfig, dataset: CocoDataset) -> tuple[list[int | None], list[str]]:
+class Numbering:
+    """Small numbers from 1 for the images and categories of a data set, whose ids may be any integers.
+
+    Images are numbered in the order of their ids, in which the scorers go through them.
+    """
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+        self.order = sorted(range(len(dataset)), key=lambda index: dataset.images[index]["id"])
+        self.image_number = {dataset.images[index]["id"]: number for number, index in enumerate(self.order, start=1)}
+
+    def rows(self, image_id: int, found: Detections, categories: Sequence[int | None]) -> np.ndarray:
+        """The detections of one image as :func:`coco_metrics` takes them, those of classes in the data set."""
+        number_of = {category: number for number, category in enumerate(self.dataset.category_ids, start=1)}
+        numbers = np.array([number_of.get(category, 0) for category in categories], dtype=np.float64)[found.labels]
+        boxes = found.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        images = np.full(len(found), self.image_number[image_id], dtype=np.float64)
+        return np.column_stack([images, boxes, found.scores.astype(np.float64), numbers])[numbers > 0]
+
+    def to_coco(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """Rows as COCO results with the ids of the data set."""
+        return [
+            {
+                "image_id": self.dataset.images[self.order[int(image) - 1]]["id"],
+                "category_id": self.dataset.category_ids[int(category) - 1],
+                "bbox": box,
+                "score": score,
+            }
+            for image, *box, score, category in rows.tolist()
+        ]
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The annotations: boxes as their file has them, not clipped; crowds are there, to be ignored."""
+        boxes, annotations = self.dataset.boxes, []
+        for number, index in enumerate(self.order, start=1):
+            for row in range(boxes.offsets[index], boxes.offsets[index + 1]):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,  # pycocotools takes a match with id 0 for none
+                        "image_id": number,
+                        "category_id": int(boxes.labels[row]) + 1,
+                        "bbox": boxes.given[row].tolist(),
+                        "area": float(boxes.area[row]),
+                        "iscrowd": int(boxes.crowd[row]),
+                    }
+                )
+        return {
+            "images": [{"id": number} for number in range(1, len(self.order) + 1)],
+            "annotations": annotations,
+            "categories": [{"id": n, "name": name} for n, name in enumerate(self.dataset.class_names, start=1)],
+        }
+
+
+def match_classes(config: SparseRCNNConfig, dataset: DetectionDataset) -> tuple[list[int | None], list[str]]:
     """COCO category id of each label of the model (None: not in the data), and notes on what did not match.
 
     Raises:
@@ -113,14 +174,16 @@ def _some(names: Sequence[str], limit: int = 10) -> str:
 
 def detect_dataset(
     model: nn.Module,
-    dataset: CocoDataset,
+    dataset: DetectionDataset,
     categories: Sequence[int | None],
     batch_size: int = 1,
     dtype: str = "float32",
     progress: bool = False,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Detections of every image as COCO results, and a line for each image that could not be read."""
-    results: list[dict[str, Any]] = []
+    tta: bool = False,
+) -> tuple[np.ndarray, list[str]]:
+    """Detections of every image as :func:`coco_metrics` takes them, and a line for each that could not be read."""
+    numbering = Numbering(dataset)
+    rows = [np.zeros((0, 7))]
     failed: list[str] = []
     image_ids: deque[int] = deque()  # of the images that are read but not yet through the network
 
@@ -137,96 +200,12 @@ def detect_dataset(
     was_training = model.training
     present = [label for label, category in enumerate(categories) if category is not None]
     predictor = Predictor(model, next(model.parameters()).device, dtype, batch_size, classes=present)
-    # Predictor leaves out the labels without a category, whose number is therefore never used.
-    numbers = [-1 if category is None else category for category in categories]
     found = predictor.stream(readable_images())
+    if tta:
+        found = (detect_augmented(model, image, dtype).filter(classes=present) for image in readable_images())
     try:
         for detections in tqdm(found, "evaluate", len(dataset), leave=False, disable=None if progress else True):
-            results += detections.to_coco(image_ids.popleft(), numbers)
+            rows.append(numbering.rows(image_ids.popleft(), detections, categories))
     finally:
         model.train(was_training)
-    return results, failed
-
-
-def ground_truth(dataset: CocoDataset) -> dict[str, Any]:
-    """The annotation file of ``dataset`` as pycocotools wants it.
-
-    The file itself is used, so that crowds are ignored as the COCO protocol has it. ``area`` and ``iscrowd`` get their
-    defaults, boxes without area go, and annotations are numbered from 1: pycocotools takes a match with id 0 for none.
-    """
-    with open(dataset.coco_json_path, encoding="utf-8") as file:
-        raw = json.load(file)
-    image_ids = {image["id"] for image in dataset.images}
-    category_ids = set(dataset.category_ids)
-    annotations = []
-    for annotation in raw["annotations"]:
-        box = annotation["bbox"]
-        if not all(math.isfinite(value) for value in box) or box[2] <= 0 or box[3] <= 0:
-            continue
-        if annotation["image_id"] not in image_ids or annotation["category_id"] not in category_ids:
-            continue
-        annotations.append(
-            {
-                "id": len(annotations) + 1,
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"],
-                "bbox": box,
-                "area": _area(annotation),
-                "iscrowd": int(annotation.get("iscrowd") or 0),
-            }
-        )
-    return {
-        "images": [{"id": image["id"]} for image in dataset.images],
-        "annotations": annotations,
-        "categories": [{"id": category} for category in dataset.category_ids],
-    }
-
-
-def _area(annotation: dict[str, Any]) -> float:
-    """Of the object's mask where the file has one (COCO's small, medium and large go by it), else of the box."""
-    area = annotation.get("area")
-    usable = isinstance(area, int | float) and math.isfinite(area) and area > 0
-    return area if usable else annotation["bbox"][2] * annotation["bbox"][3]
-
-
-def coco_metrics(
-    ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]
-) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-    """The 12 COCO numbers, and AP and AP50 of each category id.
-
-    Args:
-        ground_truth: as :func:`ground_truth` returns it.
-        detections: COCO results; may be empty.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        scorer = COCOeval(_index(ground_truth), _index({**ground_truth, "annotations": _areas(detections)}), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    metrics = dict(zip(METRICS, (float(value) for value in scorer.stats), strict=True))
-    # [IoU thresholds T, recalls R, categories K, area ranges A, detection limits M]; A 0 is all, M -1 is 100.
-    precision = scorer.eval["precision"][:, :, :, 0, -1]
-    per_class = {
-        int(category): {"AP": _mean(precision[:, :, k]), "AP50": _mean(precision[0, :, k])}
-        for k, category in enumerate(scorer.params.catIds)
-    }
-    return metrics, per_class
-
-
-def _index(dataset: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
-
-
-def _areas(detections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {**detection, "id": number, "iscrowd": 0, "area": detection["bbox"][2] * detection["bbox"][3]}
-        for number, detection in enumerate(detections, start=1)
-    ]
-
-
-def _mean(precision: np.ndarray) -> float:
-    valid = precision[precision > -1]
-    return float(valid.mean()) if valid.size else -1.0
+    return np.concatenate(rows), failed

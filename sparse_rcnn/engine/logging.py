@@ -52,7 +52,8 @@ class RunLog:
                 f"lr {values['lr']:.2e}  {values['images_per_second']:.2f} img/s  {values['seconds']:.0f} s"
             )
 
-    def say(self, line: str) -> None:
+    @staticmethod
+    def say(line: str) -> None:
         """Print a line above the bar."""
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +47,30 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, lr: float, backbone_lr_factor: float = 1.0, weight_decay: float = 1e-4
 ) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`, with torch's default betas and epsilon, as in the official code."""
-    return torch.optim.AdamW(parameter_groups(model, lr, backbone_lr_factor, weight_decay))
+    """AdamW over :func:`parameter_groups`, with torch's default betas and epsilon, as in the official code.
+
+    It is the fused one, which leaves everything as it is where a tensor ``found_inf`` that one gives it is 1. On a GPU
+    the learning rates are tensors, which a captured CUDA graph reads anew in each replay.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, backbone_lr_factor, weight_decay), fused=True)
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if device.type == "cuda":
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take the moments and step counts of a ``state_dict``, and keep the optimizer's own options, rates and decay.
+
+    Raises:
+        ValueError: the state is of other parameters.
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
+        raise ValueError("optimizer: the state in the checkpoint is of another set of parameters")
+    groups = [{**group, "params": other["params"]} for group, other in zip(own, saved, strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def lr_factor(
@@ -71,4 +94,8 @@ def lr_factor(
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group ``factor`` times its base learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        lr = group["base_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

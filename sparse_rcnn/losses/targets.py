@@ -23,14 +23,22 @@ class PackedTargets:
     boxes: Tensor
     counts: Tensor
 
+    def to(self, device: torch.device) -> PackedTargets:
+        """The same on ``device``; from pinned memory without a wait."""
+        return PackedTargets(*(t.to(device, non_blocking=True) for t in (self.labels, self.boxes, self.counts)))
 
-def pack_targets(targets: Sequence[dict[str, Tensor]], num_classes: int, like: Tensor) -> PackedTargets:
+
+def pack_targets(
+    targets: Sequence[dict[str, Tensor]], num_classes: int, like: Tensor, columns: int = 0, pin_memory: bool = False
+) -> PackedTargets:
     """Check and pad the targets of a batch.
 
     Args:
         targets: a dict an image: ``boxes`` [M_i, 4] xyxy in pixels, ``labels`` [M_i] int64.
         num_classes: labels are 0..num_classes - 1.
         like: a tensor of the device and dtype that the boxes shall have.
+        columns: M, if the largest number of boxes is less.
+        pin_memory: make them in memory that a GPU reads without the host waiting for it.
 
     Raises:
         TypeError, ValueError: naming the image and what is wrong: another type or shape, a label out of range, a box
@@ -39,12 +47,13 @@ def pack_targets(targets: Sequence[dict[str, Tensor]], num_classes: int, like: T
     for index, target in enumerate(targets):
         _check_target(f"targets[{index}]", target, num_classes)
     counts = [len(target["labels"]) for target in targets]
-    labels = torch.zeros(len(targets), max(counts, default=0), dtype=torch.int64)
-    boxes = torch.zeros(*labels.shape, 4, dtype=like.dtype)
+    M = max([columns, *counts])
+    labels = torch.zeros(len(targets), M, dtype=torch.int64, pin_memory=pin_memory)
+    boxes = torch.zeros(len(targets), M, 4, dtype=like.dtype, pin_memory=pin_memory)
     for index, target in enumerate(targets):
         labels[index, : counts[index]] = target["labels"]
         boxes[index, : counts[index]] = target["boxes"]
-    return PackedTargets(labels.to(like.device), boxes.to(like.device), torch.tensor(counts, device=like.device))
+    return PackedTargets(labels, boxes, torch.tensor(counts, pin_memory=pin_memory)).to(like.device)
 
 
 def _check_target(name: str, target: dict[str, Tensor], num_classes: int) -> None:

@@ -13,6 +13,7 @@ from sparse_rcnn.ops.dynamic_conv import dynamic_conv, dynamic_conv_reference
 from sparse_rcnn.ops.linear_assignment import linear_assignment, linear_assignment_reference
 from sparse_rcnn.ops.matching_cost import matching_cost, matching_cost_reference
 from sparse_rcnn.ops.multiscale_roi_align import multiscale_roi_align, multiscale_roi_align_reference
+from sparse_rcnn.ops.normalize_pad import normalize_pad, normalize_pad_reference
 from sparse_rcnn.ops.refine_boxes import refine_boxes, refine_boxes_reference
 from sparse_rcnn.ops.roi_dynamic_conv import roi_dynamic_conv, roi_dynamic_conv_reference
 from sparse_rcnn.ops.set_box_loss import set_box_loss, set_box_loss_reference
@@ -34,6 +35,8 @@ __all__ = [
     "matching_cost_reference",
     "multiscale_roi_align",
     "multiscale_roi_align_reference",
+    "normalize_pad",
+    "normalize_pad_reference",
     "pairwise_generalized_iou",
     "refine_boxes",
     "refine_boxes_reference",

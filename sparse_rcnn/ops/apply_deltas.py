@@ -60,8 +60,8 @@ def apply_deltas_reference(
     deltas = deltas.to(torch.promote_types(deltas.dtype, boxes.dtype))
     sizes = boxes[..., 2:] - boxes[..., :2]
     centers = boxes[..., :2] + 0.5 * sizes
-    shift = deltas[..., :2] / deltas.new_tensor(weights[:2])
-    scale = deltas[..., 2:] / deltas.new_tensor(weights[2:])
+    deltas = torch.stack([delta / weight for delta, weight in zip(deltas.unbind(-1), weights, strict=True)], -1)
+    shift, scale = deltas[..., :2], deltas[..., 2:]
     if clamp != (None, None):
         scale = scale.clamp(min=clamp[0], max=clamp[1])
     centers = shift * sizes + centers

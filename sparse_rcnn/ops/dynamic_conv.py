@@ -23,7 +23,8 @@ def dynamic_conv(
 ) -> Tensor:
     """Two 1x1 convolutions whose weights are the proposal's own, each with LayerNorm and ReLU.
 
-    Source: Sparse R-CNN, algorithm 1: bmm, LayerNorm(D), ReLU, bmm, LayerNorm(C), ReLU.
+    Source: Sparse R-CNN, algorithm 1: bmm, LayerNorm(D), ReLU, bmm, LayerNorm(C), ReLU. On CUDA, float32 products go
+    by tensor cores in TF32 where PyTorch's own may (:func:`tf32_allowed`) and the sizes suit the kernels.
 
     Args:
         roi_features: [R, P, C] floating point, one row a bin.
@@ -51,7 +52,8 @@ def dynamic_conv(
     norms = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
     if native is None:
         return dynamic_conv_reference(roi_features, parameters, *norms, eps)
-    return native.dynamic_conv(roi_features, parameters, *wide_norms(norms, roi_features.dtype), eps)
+    norms = wide_norms(norms, roi_features.dtype)
+    return native.dynamic_conv(roi_features, parameters, *norms, eps, tf32_allowed())
 
 
 def dynamic_conv_reference(
@@ -88,6 +90,18 @@ def check_norms(channels: int, weight1: Tensor, bias1: Tensor, weight2: Tensor, 
     check_shape("norm2_bias", bias2, (channels,))
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch's setting lets float32 matmuls on CUDA round their operands to TF32, however it was set.
+
+    A graph of torch.compile keeps what held when it was traced.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result() would do, which takes seconds to import the compiler.
+tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def wide_norms(norms: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The norms' parameters in the type that a kernel for ``dtype`` sums in: float32, float64 for float64."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -111,7 +125,7 @@ def _fake_backward(
     norm1_bias: Tensor,
     norm2_weight: Tensor,
     norm2_bias: Tensor,
-    eps: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm_sizes = 2 * (norm1_weight.shape[0] + norm2_weight.shape[0])
     return (
@@ -122,16 +136,17 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.allow_tf32 = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(native: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     roi_features, parameters, *norms = ctx.saved_tensors
     grad_roi_features, grad_parameters, grad_norms = native.dynamic_conv_backward(
-        grad, roi_features, parameters, *norms, ctx.eps
+        grad, roi_features, parameters, *norms, ctx.eps, ctx.allow_tf32
     )
-    return grad_roi_features, grad_parameters, *split_norm_grads(grad_norms, len(norms[0]), len(norms[2])), None
+    norm_grads = split_norm_grads(grad_norms, len(norms[0]), len(norms[2]))
+    return grad_roi_features, grad_parameters, *norm_grads, None, None
 
 
 def _autocast(dtype: torch.dtype, roi_features: Tensor, parameters: Tensor, *rest: Any) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from sparse_rcnn.ops.dynamic_conv import (
     check_parameters,
     dynamic_conv_reference,
     split_norm_grads,
+    tf32_allowed,
     wide_norms,
 )
 from sparse_rcnn.ops.multiscale_roi_align import check_roi_align, multiscale_roi_align_reference, wide_boxes
@@ -67,6 +68,7 @@ def roi_dynamic_conv(
     if native is None:
         return roi_dynamic_conv_reference(features, boxes, parameters, *norms, *options)
     norms, boxes = wide_norms(norms, features[0].dtype), wide_boxes(boxes)
+    options = (*options, tf32_allowed())
     if _can_share(features):
         parameters = parameters.to(features[0].dtype)  # what autocast would have done
         backward = partial(_backward_sharing, native)

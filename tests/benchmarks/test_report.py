@@ -12,9 +12,11 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import environment as environment_module
 from benchmarks.environment import ROOT, environment, last_level_cache, write_json
-from benchmarks.report import BEGIN, END, print_case, readme_table, table_in, update_readme
+from benchmarks.report import MODEL, model_table, print_case, readme_table, table_in, update_readme
 
 FIGURES = ROOT / "benchmarks" / "results" / "cpu.json"
+MODEL_FIGURES = FIGURES.with_name("model_cpu.json")
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 MADE_WITH = {
     **{"commit": "0123456789abcdef", "dirty": False, "torch": "2.99.0"},
     **{"processor": "A processor", "isa": "AVX9", "threads": 2},
@@ -64,9 +66,9 @@ def test_types_have_rows_of_their_own_and_missing_modes_a_dash():
 def test_readme_is_changed_between_the_markers_only(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    update_readme(path, make_report())
+    update_readme(path, readme_table(make_report()))
     assert path.read_text() == f"# Title\n\n{BEGIN}\n{readme_table(make_report())}\n{END}\n\nafter\n"
-    update_readme(path, make_report())
+    update_readme(path, readme_table(make_report()))
     assert table_in(path) == readme_table(make_report())
 
 
@@ -75,13 +77,51 @@ def test_readme_without_a_place_for_the_table(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(ValueError, match="each once and on lines of their own"):
-        update_readme(path, make_report())
+        update_readme(path, readme_table(make_report()))
     assert path.read_text() == text
 
 
 def test_the_table_of_the_readme_is_that_of_the_committed_figures():
     expected = readme_table(json.loads(FIGURES.read_text()))
     assert table_in(ROOT / "README.md") == expected, "run `python -m benchmarks --readme`"
+
+
+def test_the_tables_of_the_readme_are_apart(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"{BEGIN}\nold\n{END}\n<!-- model:begin -->\nolder\n<!-- model:end -->\n")
+    update_readme(path, "new", MODEL)
+    assert (table_in(path), table_in(path, MODEL)) == ("old", "new")
+
+
+def make_model_report():
+    parts = {part: {"median": 1.0} for part in ("whole", "backbone+FPN", "head")}
+    times = {"parts": parts, "start_up_s": 3.21, "peak_rss_gib": 1.234}
+    rows = {
+        "reference": times | {"ratios": {}},
+        "optimized": times | {"ratios": {"whole": 1.996, "backbone+FPN": 1.5, "head": 3.0}},
+        "peer": times | {"ratios": {"whole": 0.7}},
+    }
+    return {"preset": "r50_300", "size": [800, 1333], "environment": MADE_WITH, "implementations": rows}
+
+
+def test_table_of_the_model():
+    *table, empty, machine, made_by = model_table(make_model_report()).splitlines()
+    assert table[2:] == [
+        "| reference | 1 | 1 | 1 | 3.2 s | 1.23 GiB |",
+        "| optimized | 2.00x | 1.50x | 3.00x | 3.2 s | 1.23 GiB |",
+        "| peer | 0.70x | – | – | 3.2 s | 1.23 GiB |",
+    ]
+    assert (
+        empty == "" and machine.startswith("Preset `r50_300`, one image of 800x1333,") and "commit 0123456" in machine
+    )
+    assert made_by == "`python -m benchmarks.model --json benchmarks/results/model_cpu.json --readme`."
+
+
+def test_the_models_table_of_the_readme_is_that_of_the_committed_figures():
+    report = json.loads(MODEL_FIGURES.read_text())
+    assert report["passed"] and all(row["passed"] for row in report["gate"].values())
+    expected = model_table(report)
+    assert table_in(ROOT / "README.md", MODEL) == expected, "run `python -m benchmarks.model --readme`"
 
 
 def test_committed_figures_passed_their_gate():
@@ -192,10 +232,10 @@ def test_readme_alone_measures_nothing(tmp_path, monkeypatch):
     updated = []
     monkeypatch.setattr(command, "run_all", lambda *arguments: pytest.fail("measured"))
     monkeypatch.setattr(command, "FIGURES", tmp_path / "cpu.json")
-    monkeypatch.setattr(command, "update_readme", lambda path, report: updated.append((path, report)))
+    monkeypatch.setattr(command, "update_readme", lambda path, table: updated.append((path, table)))
     write_json(tmp_path / "cpu.json", make_report())
     assert command.main(["--readme"]) == 0
-    assert updated == [(ROOT / "README.md", make_report())]
+    assert updated == [(ROOT / "README.md", readme_table(make_report()))]
 
 
 def test_red_figures_do_not_reach_the_readme(monkeypatch, tmp_path):

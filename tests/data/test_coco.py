@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_rcnn.data.coco import CocoDataset, find_split
+from sparse_rcnn.data.coco import find_coco, read_coco
 from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.data.formats import open_dataset
 
 GOOD = {
     "images": [
@@ -47,10 +48,10 @@ def changed(part: str, index: int, **entries):
 
 def test_reads_images_boxes_and_labels(folder):
     path = write(folder, GOOD)
-    dataset = CocoDataset(path)
+    dataset = open_dataset(path, "train")
     assert len(dataset) == 2 and dataset.problems == []
     assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (3, 9)
-    assert dataset.images[1] == GOOD["images"][1] and dataset.coco_json_path == path
+    assert dataset.images[1] == GOOD["images"][1] and dataset.source == path
     image, target = dataset[0]
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8 and image[:, 5, 5].tolist() == [9, 8, 7]
     assert target["boxes"].dtype == torch.float32 and target["labels"].dtype == torch.int64
@@ -61,7 +62,7 @@ def test_reads_images_boxes_and_labels(folder):
 
 
 def test_an_image_without_boxes_stays(folder):
-    image, target = CocoDataset(write(folder, GOOD))[1]
+    image, target = open_dataset(write(folder, GOOD), "train")[1]
     assert image.shape == (3, 20, 20) and target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
@@ -70,7 +71,7 @@ def test_more_boxes_than_any_model_has_proposals(folder):
     content["annotations"] = [
         {"id": i, "image_id": 5, "category_id": 3, "bbox": [i % 10, i // 100, 3, 3]} for i in range(1000)
     ]
-    assert CocoDataset(write(folder, content))[1][1]["boxes"].shape == (1000, 4)
+    assert open_dataset(write(folder, content), "train")[1][1]["boxes"].shape == (1000, 4)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_more_boxes_than_any_model_has_proposals(folder):
     ],
 )
 def test_mended_boxes_are_reported(folder, box, kept, words):
-    dataset = CocoDataset(write(folder, changed("annotations", 0, bbox=box)))
+    dataset = open_dataset(write(folder, changed("annotations", 0, bbox=box)), "train")
     boxes = dataset[0][1]["boxes"].tolist()
     assert boxes == ([] if kept is None else [kept]) + [[0.5, 0.25, 40, 30]]
     assert len(dataset.problems) == (words is not None)
@@ -99,7 +100,7 @@ def test_mended_boxes_are_reported(folder, box, kept, words):
 
 
 def test_an_annotation_of_an_unlisted_image_is_dropped_and_reported(folder):
-    dataset = CocoDataset(write(folder, changed("annotations", 0, image_id=99)))
+    dataset = open_dataset(write(folder, changed("annotations", 0, image_id=99)), "train")
     assert dataset.problems == ["annotation 1: image_id 99 is not listed, dropped"]
     assert dataset[0][1]["labels"].tolist() == [0]
 
@@ -135,19 +136,19 @@ def without(part: str, index: int, key: str):
         (changed("images", 0, id=5), "image ids .* more than once: 5"),
         (changed("images", 0, id="x"), "images: expected entries with an integer id"),
         (changed("images", 0, height=0), r"image 11 \(a.png\): expected positive integers .* got 0 and 40"),
+        (changed("images", 0, height=10**400), r"image 11 \(a.png\): expected positive integers"),
         (without("images", 0, "width"), r"image 11 \(a.png\): expected positive integers"),
         (without("images", 0, "file_name"), "image 11: expected a file_name, got None"),
         ({**GOOD, "images": [3]}, "images: expected entries with an integer id, got 3"),
         (changed("categories", 0, id=3), "category ids .* more than once: 3"),
         (changed("categories", 0, name="cat"), "category ids or names that occur more than once: cat"),
         (without("categories", 0, "name"), "categories: expected entries with an integer id and a name"),
-        (changed("images", 0, file_name="gone.png"), "1 of 2 image files are missing in .*train: gone.png$"),
     ],
 )
 def test_unusable_files_are_refused_by_name(folder, content, words):
     path = write(folder, content)
     with pytest.raises(ValueError, match=words) as caught:
-        CocoDataset(path)
+        open_dataset(path, "train")
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 
@@ -155,9 +156,9 @@ def test_bytes_that_are_no_text_are_refused(folder):
     path = folder / "train.json"
     path.write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(ValueError, match="not a JSON file"):
-        CocoDataset(path)
+        open_dataset(path, "train")
     with pytest.raises(ValueError, match="none.json: cannot read the annotations: No such file"):
-        CocoDataset(folder / "none.json")
+        read_coco(folder / "none.json", folder)
 
 
 ODD_VALUES = (None, True, -1, 0, 3, 2**70, 1.5, float("nan"), float("-inf"), "", "x", [], [1], {}, {"id": 1})
@@ -180,8 +181,8 @@ def test_any_value_anywhere_gives_a_data_set_or_a_value_error(folder):
                 node = node[step]
             node[route[-1]] = value
             try:
-                dataset = CocoDataset(write(folder, content))
-                boxes = [box for i in range(len(dataset)) for box in dataset._boxes[i].tolist()]
+                dataset = open_dataset(write(folder, content), "train")
+                boxes = [box for i in range(len(dataset)) for box in dataset.targets(i)[0].tolist()]
             except ValueError:
                 refused += 1
             else:
@@ -189,33 +190,39 @@ def test_any_value_anywhere_gives_a_data_set_or_a_value_error(folder):
     assert refused > 300
 
 
-def test_missing_images_are_counted_and_the_first_are_named(folder):
+def test_missing_images_are_left_out_with_their_boxes(folder):
+    dataset = open_dataset(write(folder, changed("images", 0, file_name="gone.png")), "train")
+    assert dataset.left_out == ["gone.png"] and dataset.problems == ["gone.png: no such file, left out"]
+    assert [image["id"] for image in dataset.images] == [5] and len(dataset[0][1]["boxes"]) == 0
+
+
+def test_a_folder_without_the_images_is_refused(folder):
     content = copy.deepcopy(GOOD)
-    content["images"] += [{"id": 100 + i, "file_name": f"n{i}.jpg", "height": 5, "width": 5} for i in range(9)]
-    with pytest.raises(ValueError, match=r"9 of 11 image files .*: n0.jpg, n1.jpg, n2.jpg, n3.jpg, n4.jpg, \.\.\.$"):
-        CocoDataset(write(folder, content))
+    content["images"] = [{"id": i, "file_name": f"n{i}.jpg", "height": 5, "width": 5} for i in (11, 5, *range(20, 27))]
+    with pytest.raises(ValueError, match=r"all 9 image files are missing in .*: n11.jpg, n5.jpg, n20.jpg, .*, \.\.\.$"):
+        open_dataset(write(folder, content), "train")
 
 
 def test_class_names_decide_the_labels(folder):
     path = write(folder, GOOD)
-    dataset = CocoDataset(path, class_names=["dog", "cat"])
+    dataset = open_dataset(path, "train", class_names=["dog", "cat"])
     assert dataset.class_names == ("dog", "cat") and dataset.category_ids == (9, 3)
     assert dataset[0][1]["labels"].tolist() == [0, 1]
     with pytest.raises(ValueError, match="no category is named bird, cow; there are cat, dog"):
-        CocoDataset(path, class_names=["bird", "cat", "cow", "dog"])
+        open_dataset(path, "train", class_names=["bird", "cat", "cow", "dog"])
     with pytest.raises(ValueError, match="annotations of categories that are not in class_names: dog"):
-        CocoDataset(path, class_names=["cat"])
+        open_dataset(path, "train", class_names=["cat"])
 
 
 def test_an_unused_category_that_repeats_a_name_goes(folder):
     content = copy.deepcopy(GOOD)
     content["categories"].append({"id": 0, "name": "dog"})
-    dataset = CocoDataset(write(folder, content))
+    dataset = open_dataset(write(folder, content), "train")
     assert dataset.category_ids == (3, 9) and dataset.problems[0].startswith("category 0 (dog)")
 
 
 def test_undecodable_and_wrongly_sized_images_are_named(folder):
-    dataset = CocoDataset(write(folder, GOOD))
+    dataset = open_dataset(write(folder, GOOD), "train")
     (folder / "train" / "a.png").write_bytes(b"junk")
     with pytest.raises(ImageError, match=r"a\.png: not an image"):
         dataset[0]
@@ -230,7 +237,7 @@ def test_the_recorded_size_tells_how_a_rotated_photograph_was_annotated(folder, 
     exif[274] = 6
     stored = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     Image.fromarray(stored).save(folder / "train" / "a.png", exif=exif)
-    image, _ = CocoDataset(write(folder, changed("images", 0, height=height, width=width)))[0]
+    image, _ = open_dataset(write(folder, changed("images", 0, height=height, width=width)), "train")[0]
     expected = stored if height == 30 else np.rot90(stored, -1)
     assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
@@ -246,30 +253,21 @@ def touch(path) -> None:
         ("train", "train.json", "train"),
         ("valid", "valid.json", "valid"),
         ("valid", "val.json", "val"),
+        ("test", "test.json", "test"),
         ("train", "train/_annotations.coco.json", "train"),
         ("valid", "valid/_annotations.coco.json", "valid"),
         ("train", "annotations/instances_train2017.json", "train2017"),
         ("valid", "annotations/instances_val2017.json", "val2017"),
     ],
 )
-def test_find_split_knows_the_layouts(tmp_path, split, json_name, images):
+def test_the_layouts(tmp_path, split, json_name, images):
     touch(tmp_path / json_name)
     (tmp_path / images).mkdir(exist_ok=True)
     expected = tmp_path / json_name, tmp_path / images
-    assert find_split(tmp_path, split) == find_split(str(tmp_path), split) == expected
-    assert find_split(tmp_path / json_name, split) == expected
+    assert find_coco(tmp_path, split)[0] == find_coco(tmp_path / json_name, split)[0] == expected
 
 
-def test_find_split_of_a_file_takes_images_beside_it(tmp_path):
+def test_a_file_has_its_images_beside_it(tmp_path):
     touch(tmp_path / "mine" / "labels.json")
     (tmp_path / "labels").mkdir()  # not beside it: somebody else's
-    assert find_split(tmp_path / "mine" / "labels.json", "train")[1] == tmp_path / "mine"
-
-
-def test_find_split_says_what_it_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="no valid split found; looked for valid.json, valid/_annotations"):
-        find_split(tmp_path, "valid")
-    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
-        find_split(tmp_path / "nowhere", "train")
-    with pytest.raises(ValueError, match="split: expected train or valid, got 'dev'"):
-        find_split(tmp_path, "dev")
+    assert find_coco(tmp_path / "mine" / "labels.json", "train")[0][1] == tmp_path / "mine"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_rcnn.data.decode import ImageError, decode_image
+from sparse_rcnn.data.decode import ImageError, decode_image, image_size
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -114,6 +114,46 @@ def test_exif_orientation(rgb, orientation):
     content = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
     assert np.array_equal(decode_image(content), rgb)
     assert np.array_equal(decode_image(content, apply_exif=False), stored)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "MPO", "BMP", "GIF", "PPM", "TGA"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_pixels(tmp_path, rgb, kind, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[274] = orientation
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(Image.fromarray(rgb), kind, exif=exif.tobytes()))
+    assert image_size(path) == decode_image(path).shape[:2]
+    assert image_size(path, apply_exif=False) == decode_image(path, apply_exif=False).shape[:2]
+    sideways = orientation in (6, 8) and kind in ("JPEG", "PNG", "TIFF", "WEBP", "MPO")
+    assert image_size(path) == ((17, 13) if sideways else (13, 17))
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path, rgb, monkeypatch):
+    exif = Image.Exif()
+    exif[274] = 6
+    plain, turned = (encoded(Image.fromarray(rgb), "PNG", exif=e) for e in (b"", exif.tobytes()))
+    start = turned.index(b"eXIf") - 4
+    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4], "big")]
+    path = tmp_path / "late.png"
+    path.write_bytes(plain[:-12] + chunk + plain[-12:])  # before IEND
+    assert decode_image(path).shape[:2] == (17, 13) == image_size(path)
+    # Without such a chunk nothing is decoded: the pixels may be missing.
+    path.write_bytes(plain)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert image_size(path) == (13, 17)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "empty, 0 bytes"), (b"junk", "not an image"), (None, "no such file")]
+)
+def test_files_without_a_header_are_named(tmp_path, content, words):
+    path = tmp_path / "picture.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError, match=f"^{path}: {words}"):
+        image_size(path)
 
 
 def test_damaged_exif_does_not_cost_the_picture(rgb):

@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
-from sparse_rcnn.data.coco import CocoDataset
+from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.loader import train_batches
 from sparse_rcnn.data.synthetic import write_dataset
 from sparse_rcnn.data.transforms import TrainTransform
@@ -17,8 +19,9 @@ TRANSFORM = TrainTransform((48, 64, 80), 120, crop=(40, 60))
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> CocoDataset:
-    return CocoDataset(write_dataset(tmp_path_factory.mktemp("data"), 7, seed=1, size=(48, 64), progress=False))
+def dataset(tmp_path_factory) -> DetectionDataset:
+    path = write_dataset(tmp_path_factory.mktemp("data"), 7, seed=1, size=(48, 64), progress=False)
+    return open_dataset(path, "train")
 
 
 def take(count: int, *args, **kwargs) -> list:
@@ -94,7 +97,7 @@ def test_an_undecodable_file_is_named(tmp_path, workers):
     path.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
     (tmp_path / "train" / "2.png").write_bytes(b"junk")
     with pytest.raises(ImageError, match=r"^[^\n]*2\.png: not an image of a known format$"):
-        take(2, CocoDataset(path), TRANSFORM, 2, seed=0, workers=workers)
+        take(2, open_dataset(path, "train"), TRANSFORM, 2, seed=0, workers=workers)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +108,63 @@ def test_an_undecodable_file_is_named(tmp_path, workers):
 def test_bad_arguments_are_named_at_once(dataset, arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: "):
         train_batches(**{"dataset": dataset, "transform": TRANSFORM, "batch_size": 1, "seed": 0, **arguments})
+
+
+class Shaped(Dataset):
+    """Images that are their own index, wide where asked for."""
+
+    def __init__(self, wide: list[bool]) -> None:
+        self.images = [{"width": 60 if w else 40, "height": 50} for w in wide]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return torch.zeros(3, 50, self.images[index]["width"], dtype=torch.uint8), {"image_id": index}
+
+
+def unchanged(image, target, generator):
+    return image, target
+
+
+@pytest.mark.parametrize(("count", "batch"), [(24, 4), (25, 4), (7, 3), (10, 16), (11, 1)])
+def test_grouped_batches_are_of_one_shape_but_for_two_an_epoch(count, batch):
+    data = Shaped([index % 3 == 0 for index in range(count)])
+    epochs = 6
+    batches = take(count * epochs // batch, data, unchanged, batch, seed=3, group_shapes=True)
+    ids = [target["image_id"] for _, targets in batches for target in targets]
+    whole = len(ids) // count
+    orders = [tuple(ids[epoch * count : (epoch + 1) * count]) for epoch in range(whole)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert len(set(orders)) == whole or count < 8  # each epoch has an order of its own
+    mixed = sum(len({tuple(image.shape) for image in images}) > 1 for images, _ in batches)
+    assert mixed <= 2 * epochs
+    if batch == 4:
+        plain = take(len(batches), data, unchanged, batch, seed=3)
+        assert mixed < 0.6 * sum(len({tuple(image.shape) for image in images}) > 1 for images, _ in plain)
+
+
+@pytest.mark.parametrize("start", [1, 6, 13])
+def test_resuming_grouped_batches_gives_those_of_an_uninterrupted_run(start):
+    data = Shaped([index % 3 == 0 for index in range(11)])
+    whole = take(20, data, unchanged, 4, seed=5, group_shapes=True)
+    rest = take(20 - start, data, unchanged, 4, seed=5, start_step=start, group_shapes=True)
+    assert [[t["image_id"] for t in targets] for _, targets in rest] == [
+        [t["image_id"] for t in targets] for _, targets in whole[start:]
+    ]
+
+
+def test_images_of_one_shape_come_in_the_same_order_grouped_or_not():
+    data = Shaped([True] * 9)
+    a, b = (take(12, data, unchanged, 2, seed=0, group_shapes=group) for group in (True, False))
+    assert [[t["image_id"] for t in targets] for _, targets in a] == [
+        [t["image_id"] for t in targets] for _, targets in b
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_images_give_the_same_batches(dataset, workers):
+    cached = open_dataset(dataset.source, "train", cache_mb=1)
+    plain = take(9, dataset, TRANSFORM, 3, seed=2)
+    assert same(plain, take(9, cached, TRANSFORM, 3, seed=2, workers=workers))
+    assert all(cached._cache.get(index) is not None for index in range(7))  # also what the workers decoded

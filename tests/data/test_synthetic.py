@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sparse_rcnn.data import synthetic
-from sparse_rcnn.data.coco import CocoDataset
+from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.shapes import SHAPES, render
 from sparse_rcnn.data.synthetic import CLASS_NAMES, MIN_VISIBLE, main, make_scene, write_dataset
 
@@ -131,7 +131,7 @@ def test_write_dataset_is_readable_and_repeatable(tmp_path):
     assert path.read_bytes() == again.read_bytes() != other.read_bytes()
     for file in (tmp_path / "a" / "train").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / "train" / file.name).read_bytes()
-    dataset = CocoDataset(path)
+    dataset = open_dataset(path, "train")
     assert dataset.class_names == CLASS_NAMES and dataset.problems == [] and len(dataset) == 6
     seed = synthetic._scene_seeds(3, "train", 6)[2]
     image, boxes, labels = make_scene(seed, (64, 80))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sparse_rcnn.data import synthetic
-from sparse_rcnn.engine.trainer import TrainConfig
+from sparse_rcnn.engine.config import TrainConfig
 
 TINY = {
     **{"num_stages": 2, "num_proposals": 10, "hidden_dim": 32, "dim_dynamic": 8, "dim_feedforward": 64},

@@ -3,12 +3,16 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sparse_rcnn.data.coco import CocoDataset, find_split
-from sparse_rcnn.engine.evaluator import METRICS, coco_metrics, evaluate, match_classes
+from benchmarks.evaluation import synthetic_results
+from sparse_rcnn.data.dataset import DetectionDataset
+from sparse_rcnn.data.formats import open_dataset
+from sparse_rcnn.engine.evaluator import evaluate, match_classes
+from sparse_rcnn.engine.scoring import METRICS, coco_metrics, pick_scorer
 
 
 class Oracle(nn.Module):
@@ -44,8 +48,8 @@ def annotation(image_id, category_id, box, **more):
     return {"id": more.pop("id", 1), "image_id": image_id, "category_id": category_id, "bbox": box, **more}
 
 
-def dataset(folder) -> CocoDataset:
-    return CocoDataset(*find_split(folder, "valid"))
+def dataset(folder) -> DetectionDataset:
+    return open_dataset(folder, "valid")
 
 
 def test_perfect_detections_are_one_everywhere(write_coco):
@@ -69,9 +73,11 @@ def test_perfect_detections_are_one_everywhere(write_coco):
     assert model.training
     assert model.seen == [(torch.uint8, (3, 50, 100)), (torch.uint8, (3, 150, 50))]
     assert result.metrics == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    # The cats measure 20 x 20 and 50 x 190 pixels, the dog 80 x 70.
+    everywhere = {"AP": 1.0, "AP50": 1.0, "AR100": 1.0}
     assert result.per_class == {
-        "cat": pytest.approx({"AP": 1.0, "AP50": 1.0}),
-        "dog": pytest.approx({"AP": 1.0, "AP50": 1.0}),
+        "cat": pytest.approx({**everywhere, "APs": 1.0, "APm": -1.0, "APl": 1.0}),
+        "dog": pytest.approx({**everywhere, "APs": -1.0, "APm": 1.0, "APl": -1.0}),
     }
     assert [d["category_id"] for d in result.detections] == [7, 3, 7]
     assert result.detections[1]["bbox"] == pytest.approx([60, 20, 80, 70], abs=1e-4)
@@ -96,7 +102,8 @@ def test_a_partial_case_by_hand(write_coco):
     assert result.metrics["AR100"] == pytest.approx(0.25)  # half of the objects at half of the thresholds
     assert result.metrics["APs"] == -1 and result.metrics["APl"] == pytest.approx(51 / 101 / 2)
     assert result.per_class["cat"]["AP50"] == pytest.approx(51 / 101)
-    assert result.per_class["dog"] == {"AP": -1.0, "AP50": -1.0}  # no dog to find
+    assert result.per_class["cat"]["AR100"] == pytest.approx(0.25)
+    assert set(result.per_class["dog"].values()) == {-1.0}  # no dog to find
 
 
 def test_a_false_positive_of_higher_score_halves_precision(write_coco):
@@ -121,13 +128,40 @@ def test_no_detections_score_zero_and_no_annotations_minus_one(write_coco):
     folder = write_coco({1: (100, 100)}, {1: "cat"}, [annotation(1, 1, [0, 0, 50, 50])])
     result = evaluate(Oracle([([], [], [], (100, 100))], ("cat",)), dataset(folder))
     assert result.metrics["AP"] == 0 and result.metrics["AR100"] == 0 and result.detections == []
-    assert result.per_class == {"cat": {"AP": 0.0, "AP50": 0.0}}
+    nothing_small = {"APs": -1.0, "APl": -1.0}
+    assert result.per_class == {"cat": {"AP": 0.0, "AP50": 0.0, "APm": 0.0, "AR100": 0.0, **nothing_small}}
 
+
+@pytest.mark.parametrize("scorer", ["pycocotools", "hotcoco"])
+def test_nothing_to_find_is_minus_one(scorer):
+    if scorer == "hotcoco":
+        pytest.importorskip("hotcoco")
     empty = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
-    metrics, per_class = coco_metrics(empty, [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}])
-    assert set(metrics.values()) == {-1.0} and per_class == {1: {"AP": -1.0, "AP50": -1.0}}
-    assert set(coco_metrics(empty, [])[0].values()) == {-1.0}
-    assert set(coco_metrics({**empty, "images": []}, [])[0].values()) == {-1.0}
+    metrics, per_class = coco_metrics(empty, np.array([[1, 0, 0, 5, 5, 0.5, 1.0]]), scorer)
+    assert set(metrics.values()) == {-1.0} and set(per_class[1].values()) == {-1.0}
+    assert set(coco_metrics(empty, np.zeros((0, 7)), scorer)[0].values()) == {-1.0}
+    assert set(coco_metrics({**empty, "images": []}, np.zeros((0, 7)), scorer)[0].values()) == {-1.0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hotcoco_equals_pycocotools(seed):
+    pytest.importorskip("hotcoco")
+    case = synthetic_results(60, 5, 130, seed)
+    metrics, per_class = coco_metrics(*case, "pycocotools")
+    fast, fast_per_class = coco_metrics(*case, "hotcoco")
+    assert fast == pytest.approx(metrics, rel=0, abs=1e-6) and 0.02 < metrics["AP"] < 0.9
+    assert fast_per_class.keys() == per_class.keys() == {1, 2, 3, 4, 5}
+    for category, values in per_class.items():
+        assert fast_per_class[category] == pytest.approx(values, rel=0, abs=1e-6)
+
+
+def test_a_scorer_that_is_unknown_or_missing_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="scorer: expected one of auto, pycocotools, hotcoco, got 'fast'"):
+        pick_scorer("fast")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert pick_scorer("auto") == "pycocotools"
+    with pytest.raises(ValueError, match="hotcoco is not installed"):
+        pick_scorer("hotcoco")
 
 
 def test_boxes_are_clipped_to_the_original_image_and_empty_ones_go(write_coco):

@@ -8,7 +8,7 @@ import torch
 
 from sparse_rcnn import evaluate, train
 from sparse_rcnn.engine.checkpoint import load_checkpoint
-from sparse_rcnn.engine.trainer import TrainConfig
+from sparse_rcnn.engine.config import TrainConfig
 
 QUICK = ["--backbone", "resnet18", "--backbone-weights", "none", "--steps", "2", "--batch-size", "1", "--device", "cpu"]
 SET = ["--set", "num_stages=2", "num_proposals=10", "hidden_dim=32", "num_heads=4", "min_size=64", "max-size=96"]
@@ -82,7 +82,7 @@ def test_what_a_run_is_made_of_cannot_change_on_resume(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "o"], "--data: expected a COCO-style folder"),
+        (["--output", "o"], "--data: expected a folder or file"),
         (["--data", "d"], "--output: expected a folder"),
         (["--data", "absent", "--output", "o"], "absent"),
         (["--data", "d", "--output", "o", "--lr", "0"], "lr: expected a positive number, got 0.0"),
@@ -115,9 +115,16 @@ def test_flags_that_do_not_parse_are_one_line_and_exit_2(main, name, arguments, 
     one_line_error(capsys, name)
 
 
+def test_a_cuda_graph_needs_a_gpu(run, tmp_path, capsys):
+    assert run("--cuda-graph") == 2
+    assert "cuda_graph: expected a CUDA device, got cpu" in one_line_error(capsys, "train")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_training_image_that_cannot_be_read_is_named_and_exits_1(write_coco, tmp_path, capsys):
     folder = write_coco({1: (64, 64)}, {1: "cat"}, [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 30, 30]}])
-    (folder / "valid" / "1.png").write_bytes(b"no picture")
+    path = folder / "valid" / "1.png"
+    path.write_bytes(path.read_bytes()[:-30])  # a good header
     output = str(tmp_path / "run")
     code = train.main(["--data", str(folder / "valid.json"), "--output", output, *QUICK, *SET])
     assert code == 1

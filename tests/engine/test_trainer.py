@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from sparse_rcnn import SparseRCNN
+from sparse_rcnn.engine import step as step_module
 from sparse_rcnn.engine.checkpoint import load_checkpoint
-from sparse_rcnn.engine.trainer import TrainConfig, Trainer, TrainingError
+from sparse_rcnn.engine.config import TrainConfig
+from sparse_rcnn.engine.trainer import Trainer, TrainingError
 
 
 def log_of(run) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(run) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in log_of(run)]
 
 
 def assert_same(a, b, path="") -> None:
@@ -47,12 +53,8 @@ def test_six_steps_are_three_and_three(tiny_config, tmp_path, workers):
     assert a["step"] == 6 and len(a["optimizer"]["state"]) > 50
     for key in ("model", "optimizer", "step", "rng", "best_ap", "model_config"):
         assert_same(a[key], b[key], key)
-    timeless = [
-        [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in log_of(run)]
-        for run in (whole, parts)
-    ]
-    assert timeless[0] == timeless[1]
-    assert [record["step"] for record in timeless[0]] == [1, 2, 3, 4, 5, 6]
+    assert timeless(whole) == timeless(parts)
+    assert [record["step"] for record in timeless(whole)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_run_leaves_behind(tiny_config, scenes, capsys):
@@ -98,18 +100,25 @@ def test_training_goes_down_on_two_images(tiny_config, scenes, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
-class Poisoned(Trainer):
-    """One of the losses is not finite in step 4."""
+def in_step(trainer: Trainer, step: int, change) -> None:
+    """Let ``change(losses)`` have the losses of one step; what it returns, if anything, takes their place."""
+    count = 0
 
-    def _forward(self, images, inputs, targets):
-        losses = super()._forward(images, inputs, targets)
-        if self.step == 3:
-            losses["loss_giou_0"] = losses["loss_giou_0"] * math.nan
-        return losses
+    def hook(module, arguments, losses):
+        nonlocal count
+        count += 1
+        return change(losses) if count == step else None
+
+    trainer.model.criterion.register_forward_hook(hook)
+
+
+def poison(losses):
+    return {**losses, "loss_giou_0": losses["loss_giou_0"] * math.nan}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_config, tmp_path):
-    trainer = Poisoned(tiny_config(checkpoint_every=2))
+    trainer = Trainer(tiny_config(checkpoint_every=2))
+    in_step(trainer, 4, poison)
     with pytest.raises(TrainingError, match=r"step 4, image ids \d+, \d+: loss_giou_0 is nan; .*last\.pt is as it was"):
         trainer.run()
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
@@ -118,11 +127,84 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_config, t
     assert [record["step"] for record in log_of(tmp_path / "run")] == [1, 2, 3]
 
 
+class Late:
+    """The ``Event`` of a copy that is there only once it is waited for, as on a GPU that lags behind."""
+
+    waits = 0
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        Late.waits += 1
+
+
+@pytest.fixture
+def late_reports(monkeypatch):
+    monkeypatch.setattr(Late, "waits", 0)
+    monkeypatch.setattr(step_module, "to_host", lambda values: (values.clone(), Late()))
+
+
+# What first makes the host sure of all steps: the end, a log record, a checkpoint, an evaluation.
+BOUNDARIES = {
+    "end": {"log_every": 100, "checkpoint_every": 0},
+    "log": {"log_every": 4, "checkpoint_every": 0},
+    "checkpoint": {"log_every": 100, "checkpoint_every": 4},
+    "evaluation": {"log_every": 100, "checkpoint_every": 0, "eval_every": 4},
+}
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_a_step_found_bad_later_is_named_and_left_nothing_behind(
+    tiny_config, scenes, tmp_path, late_reports, monkeypatch, boundary
+):
+    alone = Trainer(tiny_config(output=str(tmp_path / "alone"), steps=2))
+    alone.run()
+    changes = {**BOUNDARIES[boundary], "val": str(scenes) if boundary == "evaluation" else None}
+    trainer = Trainer(tiny_config(output=str(tmp_path / "late"), **changes))
+    in_step(trainer, 3, poison)
+    batches = []
+    prepare = trainer.model.prepare
+    monkeypatch.setattr(trainer.model, "prepare", lambda *given: batches.append(given[1]) or prepare(*given))
+    with pytest.raises(TrainingError) as raised:
+        trainer.run()
+    ids = ", ".join(str(target["image_id"]) for target in batches[2])
+    kept = "there is no checkpoint yet. A lower lr or a longer warm-up may help"
+    assert str(raised.value) == f"step 3, image ids {ids}: loss_giou_0 is nan; {kept}"
+    assert len(batches) == (6 if boundary == "end" else 4), "the host looked later than the step"
+    assert trainer.step == 2
+    assert_same(dict(trainer.model.state_dict()), dict(alone.model.state_dict()))
+    assert_same(trainer.optimizer.state_dict()["state"], alone.optimizer.state_dict()["state"])
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["data_report.txt", "log.jsonl"]
+    assert log_of(tmp_path / "late") == []
+
+
+def test_late_reports_make_the_same_log_and_the_same_model(tiny_config, tmp_path, monkeypatch, request):
+    at_once, late = str(tmp_path / "at_once"), str(tmp_path / "late")
+    Trainer(tiny_config(output=at_once, log_every=4)).run()
+    request.getfixturevalue("late_reports")
+    Trainer(tiny_config(output=late, log_every=4)).run()
+    assert Late.waits == 6
+    assert timeless(at_once) == timeless(late)
+    assert [record["step"] for record in timeless(late)] == [4, 6]
+    first, second = load_checkpoint(f"{at_once}/last.pt"), load_checkpoint(f"{late}/last.pt")
+    for key in ("model", "optimizer", "rng"):
+        assert_same(first[key], second[key], key)
+
+
+def test_targets_that_the_model_refuses_stop_with_the_step_and_the_images(tiny_config):
+    trainer = Trainer(tiny_config())
+    targets = [{"boxes": torch.tensor([[5.0, 5, 4, 9]]), "labels": torch.tensor([0]), "image_id": 7}]
+    message = r"^step 1, image ids 7: targets\[0\]\.boxes: expected x1 < x2 .*; there is no checkpoint yet$"
+    with pytest.raises(TrainingError, match=message):
+        trainer.train_step([torch.zeros(3, 32, 32)], targets)
+
+
 def test_predictions_that_are_not_finite_stop_with_the_step_and_the_images(tiny_config):
     trainer = Trainer(tiny_config())
     with torch.no_grad():
         trainer.model.init_proposal_features.weight.fill_(math.inf)
-    with pytest.raises(TrainingError, match=r"step 1, image ids \d+, \d+: .*there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"step 1, image ids \d+, \d+: loss_.* is nan.*there is no checkpoint yet"):
         trainer.run()
 
 
@@ -135,20 +217,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_config):
     assert_same(before, dict(trainer.model.state_dict()))
 
 
-class Interrupted(Trainer):
-    """Gets a signal in the middle of its second step."""
-
-    def _forward(self, images, inputs, targets):
-        if self.step == 1:
-            os.kill(os.getpid(), self.number)
-        return super()._forward(images, inputs, targets)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves(tiny_config, tmp_path, number):
     before = signal.getsignal(number)
-    trainer = Interrupted(tiny_config(checkpoint_every=0))
-    trainer.number = number
+    trainer = Trainer(tiny_config(checkpoint_every=0))
+    in_step(trainer, 2, lambda losses: os.kill(os.getpid(), number))
     assert trainer.run() == number
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
     assert signal.getsignal(number) is before

@@ -74,6 +74,25 @@ SIZES += [(3, 20, 12, 4), (1, 512, 128, 4)]  # what the tensor-core kernels do n
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("operator", ("multiscale_roi_align", "dynamic_conv", "roi_dynamic_conv"))
 def test_sizes(operator, sizes, dtype):
+    inputs, wrt, keep = sized_problem(operator, sizes, dtype)
+    record = Specification(getattr(ops, f"{operator}_reference"), inputs, wrt, keep).compare(on_gpu(operator))
+    assert record["passed"], record
+
+
+@pytest.mark.parametrize("sizes", SIZES[2:6], ids=str)
+@pytest.mark.parametrize("operator", ("dynamic_conv", "roi_dynamic_conv"))
+def test_tf32(operator, sizes, monkeypatch):
+    """As exact as PyTorch's own operators with the same setting, and not what they give without."""
+    inputs, wrt, keep = sized_problem(operator, sizes, torch.float32)
+    exact = on_gpu(operator)(**inputs)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert not torch.equal(on_gpu(operator)(**inputs), exact)
+    record = Specification(on_gpu(f"{operator}_reference"), inputs, wrt, keep).compare(on_gpu(operator))
+    assert record["passed"], record
+
+
+def sized_problem(operator, sizes, dtype):
+    """The operator's arguments, those that get gradients, and those that stay as they are in float64."""
     inputs = sized_inputs(*sizes, dtype)
     if operator == "multiscale_roi_align":
         inputs, wrt, keep = {name: inputs[name] for name in ("features", "boxes", "strides")}, ["features"], ["boxes"]
@@ -85,8 +104,7 @@ def test_sizes(operator, sizes, dtype):
         values = torch.randn(rois, 49, channels, generator=torch.Generator().manual_seed(1))
         inputs["roi_features"] = values.to(dtype)
         wrt, keep = ["roi_features", "parameters", "norm1_weight", "norm2_bias"], []
-    record = Specification(getattr(ops, f"{operator}_reference"), inputs, wrt, keep).compare(on_gpu(operator))
-    assert record["passed"], record
+    return inputs, wrt, keep
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -362,3 +362,34 @@ def test_the_command_itself(images, tiny_weights):
     assert 10 < count <= 20  # ten proposals an image, some of them outside it
     assert run.stdout.splitlines()[-1].startswith(f"2 images, {count} detections, 1 failed in ")
     assert sorted(os.listdir(images / "out")) == ["1.jpg", "1.stages.jpg", "2.png", "2.stages.png"]
+
+
+def test_optimized_or_not_is_the_same(images, tiny_weights, capsys):
+    results = []
+    for flags in ([], ["--no-optimize"], ["--warmup", "40x60,8x8", "--dtype", "float32"]):
+        command = [
+            "in",
+            "--weights",
+            str(tiny_weights),
+            "--device",
+            "cpu",
+            "--score-threshold",
+            "0",
+            "--json",
+            "r.json",
+        ]
+        assert main([*command, *flags]) == 0
+        results.append(json.loads((images / "r.json").read_text()))
+    for other in results[1:]:
+        assert [(r["image_id"], r["category_id"]) for r in other] == [
+            (r["image_id"], r["category_id"]) for r in results[0]
+        ]
+        for mine, theirs in zip(results[0], other, strict=True):
+            assert mine["score"] == pytest.approx(theirs["score"], rel=1e-4)
+            assert mine["bbox"] == pytest.approx(theirs["bbox"], rel=1e-4, abs=0.02)
+
+
+@pytest.mark.parametrize("text", ["800", "axb", "0x5", "5x5,", "1x2x3"])
+def test_wrong_warmup(images, known_weights, capsys, text):
+    assert main(["in", "--weights", "w", "--warmup", text]) == 2
+    assert f"--warmup: expected HEIGHTxWIDTH, more separated by commas, got '{text}'" in capsys.readouterr().err

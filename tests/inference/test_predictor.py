@@ -179,7 +179,7 @@ def test_default_weights_name_what_is_missing(monkeypatch, tmp_path):
 
 
 def test_real_model_equals_the_steps_by_hand(tiny_weights, pixels):
-    predictor = Predictor(tiny_weights, device="cpu")
+    predictor = Predictor(tiny_weights, device="cpu", optimize=False)
     found = predictor.predict(pixels, return_stages=True)
     model = predictor.model
     assert not model.training
@@ -202,8 +202,8 @@ def test_real_model_equals_the_steps_by_hand(tiny_weights, pixels):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types_keep_float32_boxes_near_the_reference(tiny_weights, pixels, dtype):
-    reference = Predictor(tiny_weights, device="cpu").predict(pixels, return_stages=True)
-    found = Predictor(tiny_weights, device="cpu", dtype=dtype).predict(pixels, return_stages=True)
+    reference = Predictor(tiny_weights, device="cpu", optimize=False).predict(pixels, return_stages=True)
+    found = Predictor(tiny_weights, device="cpu", dtype=dtype, optimize=False).predict(pixels, return_stages=True)
     assert found.boxes.dtype == np.float32
     assert not np.array_equal(found.stage_scores, reference.stage_scores)  # autocast did something
     np.testing.assert_allclose(found.stage_scores[0], reference.stage_scores[0], rtol=0.1)
@@ -227,3 +227,52 @@ def test_softmax_model_has_scores_of_classes_only(pixels):
     found = Predictor(SparseRCNN(config), device="cpu").predict(pixels, return_stages=True)
     assert found.class_names == ("0", "1")
     np.testing.assert_allclose(found.stage_scores[-1][found.proposal_index], found.scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_optimized_finds_what_the_model_finds(tiny_weights, batch_size):
+    rng = np.random.default_rng(0)
+    sizes = [(30, 100), (64, 64), (90, 200), (30, 100)]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    optimized = Predictor(tiny_weights, device="cpu", batch_size=batch_size)
+    assert optimized.optimized is not None
+    plain = Predictor(tiny_weights, device="cpu", batch_size=batch_size, optimize=False)
+    assert plain.optimized is None
+    for stages in (False, True):
+        pairs = zip(optimized.predict(images, stages), plain.predict(images, stages), strict=True)
+        for found, expected in pairs:
+            assert len(found) == len(expected) > 0 and found.image_size == expected.image_size
+            np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-4, atol=5e-3)
+            np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+            np.testing.assert_array_equal(found.labels, expected.labels)
+            if stages:
+                np.testing.assert_allclose(found.stage_boxes, expected.stage_boxes, rtol=1e-4, atol=5e-3)
+                np.testing.assert_array_equal(found.proposal_index, expected.proposal_index)
+    assert optimized.timings.images == 8 and optimized.timings.forward > 0
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_a_model_trained_further_is_optimized_again(tiny_weights, pixels, stages):
+    predictor = Predictor(tiny_weights, device="cpu")
+    before, made = predictor.predict(pixels, stages), predictor.optimized
+    with torch.no_grad():
+        predictor.model.head.stages[-1].class_logits.bias.add_(1)
+    after = predictor.predict(pixels, stages)
+    assert predictor.optimized is not made
+    np.testing.assert_allclose(
+        torch.logit(torch.tensor(after.scores)), torch.logit(torch.tensor(before.scores)) + 1, rtol=1e-4
+    )
+    assert predictor.predict(pixels, stages) and not predictor.optimized.is_stale()
+
+
+def test_type_follows_the_device_unless_named(tiny_weights):
+    assert Predictor(tiny_weights, device="cpu", dtype="auto").dtype == torch.float32
+    assert Predictor(tiny_weights, device="cpu", dtype="auto", optimize=False).dtype == torch.float32
+
+
+def test_warm_up_resizes_as_prediction_does(tiny_weights):
+    predictor, seen = Predictor(tiny_weights, device="cpu"), []
+    predictor.optimized.detect = lambda images, sizes: seen.append((tuple(images[0].shape), sizes))
+    predictor.warm_up([(30, 100)])
+    assert seen == [((3, 29, 96), [(29, 96)])]
+    Predictor(tiny_weights, device="cpu", optimize=False).warm_up([(30, 100)])

@@ -40,6 +40,22 @@ def test_boxes_take_the_dtype_asked_for():
     assert torch.equal(packed.boxes[0], boxes)
 
 
+@pytest.mark.parametrize("columns", [0, 1, 2, 5])
+def test_columns_are_a_least_number(columns):
+    given = [target([1, 2, 3, 4], [0, 0, 5, 6], labels=[4, 2]), target([1, 1, 2, 2], labels=[3])]
+    packed = pack_targets(given, 5, LIKE, columns)
+    padding = max(columns, 2) - 2
+    assert packed.labels.tolist() == [[4, 2, *[0] * padding], [3, 0, *[0] * padding]]
+    assert packed.boxes.shape == (2, 2 + padding, 4) and not packed.boxes[:, 2:].any()
+    assert packed.counts.tolist() == [2, 1]
+
+
+def test_they_go_to_the_device_asked_for():
+    packed = pack_targets([target([1, 2, 3, 4])], 5, torch.zeros(1, device="meta", dtype=torch.float64))
+    assert packed.labels.is_meta and packed.boxes.is_meta and packed.counts.is_meta
+    assert packed.boxes.dtype == torch.float64
+
+
 def test_the_targets_are_copied():
     given = target([1, 2, 3, 4])
     pack_targets([given], 5, LIKE).boxes.zero_()

@@ -12,7 +12,7 @@ import torch
 from sparse_rcnn import ops
 from sparse_rcnn.ops.multiscale_roi_align import new_grad_cells
 
-HALVES = (torch.bfloat16, torch.float16)
+TENSOR_CORE_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last in TF32
 STRIDES = (8, 16, 32)
 HEIGHT, WIDTH = 192, 256  # of the image, in pixels
 KB = 1024
@@ -69,14 +69,14 @@ def make_roi(B, N, C, D, dtype, size=7, box_dtype=torch.float32):
     return [features, boxes, *parameters, STRIDES, size, 2, "detectron2"], grad.view(B, N, size**2, C)
 
 
-def run_conv(native, arguments, grad):
-    return native.dynamic_conv(*arguments, 1e-5), *native.dynamic_conv_backward(grad, *arguments, 1e-5)
+def run_conv(native, arguments, grad, tf32=True):
+    return native.dynamic_conv(*arguments, 1e-5, tf32), *native.dynamic_conv_backward(grad, *arguments, 1e-5, tf32)
 
 
-def run_roi(native, arguments, grad, deterministic):
+def run_roi(native, arguments, grad, deterministic, tf32=True):
     cells = new_grad_cells(arguments[0])
-    out = native.roi_dynamic_conv(*arguments, 1e-5)
-    grads = native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, deterministic, cells)
+    out = native.roi_dynamic_conv(*arguments, 1e-5, tf32)
+    grads = native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, tf32, deterministic, cells)
     return out, *grads, cells
 
 
@@ -86,7 +86,7 @@ def with_statistics(emulator, function, *arguments):
     return result, emulator.statistics()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_TYPES)
 @pytest.mark.parametrize("shape", TENSOR_CORE_SHAPES)
 def test_tensor_cores_agree_with_plain_arithmetic(native, emulator, shape, dtype):
     """More than 64 bins are beyond the tensor-core kernels; bins without gradient change nothing."""
@@ -99,13 +99,14 @@ def test_tensor_cores_agree_with_plain_arithmetic(native, emulator, shape, dtype
     plain, statistics = with_statistics(emulator, run_conv, native, (longer, *rest), longer_grad)
     assert statistics["mma"] == 0
     assert plain[1][:, P:].eq(0).all()
-    roundings = 3 * torch.finfo(dtype).eps  # of operands that the tensor cores take in half precision
+    # Of operands, as the tensor cores take them: TF32 has the mantissa of float16.
+    roundings = 3 * max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps)
     plain = plain[0][:, :P], plain[1][:, :P], *plain[2:]
     for name, a, b in zip(("out", "x", "parameters", "norms"), fast, plain, strict=True):
         assert (a.double() - b.double()).abs().max() <= roundings * b.double().abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", TENSOR_CORE_TYPES)
 @pytest.mark.parametrize("shape", TENSOR_CORE_SHAPES)
 def test_no_bank_conflicts(native, emulator, shape, dtype):
     _, statistics = with_statistics(emulator, run_conv, native, *make_conv(*shape, dtype))
@@ -119,13 +120,29 @@ def test_work_and_memory_of_the_usual_size(native, emulator):
     arguments, grad = make_conv(1, P, C, D, torch.bfloat16)
     product = 64 * D * C // (16 * 8 * 16)  # mma instructions
     weights, tile, norm2 = 2 * C * D, 2 * P * C, 2 * 4 * C  # bytes
-    _, forward = with_statistics(emulator, native.dynamic_conv, *arguments, 1e-5)
+    _, forward = with_statistics(emulator, native.dynamic_conv, *arguments, 1e-5, False)
     assert forward["mma"] == 2 * product
     assert forward["cp_async_bytes"] == 2 * weights + tile + norm2
     assert forward["shared_bytes"] <= 75 * KB, "three blocks on a multiprocessor of 228 KB"
-    _, backward = with_statistics(emulator, native.dynamic_conv_backward, grad, *arguments, 1e-5)
+    _, backward = with_statistics(emulator, native.dynamic_conv_backward, grad, *arguments, 1e-5, False)
     assert backward["mma"] == 6 * product
     assert backward["cp_async_bytes"] == 3 * weights + 2 * tile + norm2
+    assert backward["shared_bytes"] <= 99 * KB
+
+
+def test_work_and_memory_of_the_usual_size_in_tf32(native, emulator):
+    """The backward fetches x twice, W1 twice and W2 for each of two passes and the gradient of hidden."""
+    P, C, D = 49, 256, 64
+    arguments, grad = make_conv(1, P, C, D, torch.float32)
+    product = 64 * D * C // (16 * 8 * 8)  # mma instructions
+    weights, tile, norm2 = 4 * C * D, 4 * P * C, 2 * 4 * C  # bytes
+    _, forward = with_statistics(emulator, native.dynamic_conv, *arguments, 1e-5, True)
+    assert forward["mma"] == 2 * product
+    assert forward["cp_async_bytes"] == 2 * weights + tile + norm2
+    assert forward["shared_bytes"] <= 99 * KB
+    _, backward = with_statistics(emulator, native.dynamic_conv_backward, grad, *arguments, 1e-5, True)
+    assert backward["mma"] == 4 * product + 2 * product * 56 // 64, "two are over P, a multiple of 8 in depth"
+    assert backward["cp_async_bytes"] == 5 * weights + 3 * tile + norm2
     assert backward["shared_bytes"] <= 99 * KB
 
 
@@ -134,6 +151,7 @@ def test_work_and_memory_of_the_usual_size(native, emulator):
     [
         ((3, 49, 256, 64), torch.bfloat16),
         ((3, 33, 48, 32), torch.float16),
+        ((3, 49, 256, 64), torch.float32),
         ((3, 9, 33, 7), torch.float32),
         ((3, 9, 33, 7), torch.bfloat16),
         ((3, 49, 300, 64), torch.float64),  # with a workspace in global memory
@@ -169,6 +187,8 @@ def test_more_rois_than_slots_of_the_workspace(native):
 FUSION = [
     pytest.param(256, 64, torch.bfloat16, torch.float32, 7, 1, id="tensor cores"),
     pytest.param(48, 16, torch.float16, torch.float32, 3, 1, id="tensor cores, other sizes"),
+    pytest.param(256, 64, torch.float32, torch.float32, 7, 1, id="TF32"),
+    pytest.param(48, 16, torch.float32, torch.float32, 3, 1, id="TF32, other sizes"),
     pytest.param(20, 7, torch.float32, torch.float32, 7, 1, id="float32"),
     pytest.param(5, 3, torch.float32, torch.float32, 3, 2, id="odd channels"),
     pytest.param(20, 7, torch.float32, torch.float64, 7, 2, id="float64 boxes"),
@@ -181,7 +201,7 @@ FUSION = [
 def test_fused_is_bit_equal_to_its_parts(native, emulator, C, D, dtype, box_dtype, size, launches):
     arguments, grad = make_roi(2, 3, C, D, dtype, size, box_dtype)
     (features, boxes, *parameters), options = arguments[:7], arguments[7:]
-    out, statistics = with_statistics(emulator, native.roi_dynamic_conv, *arguments, 1e-5)
+    out, statistics = with_statistics(emulator, native.roi_dynamic_conv, *arguments, 1e-5, True)
     assert statistics["launches"] == launches
     rois = native.multiscale_roi_align(features, boxes, *options).flatten(0, 1)
     expected, grad_rois, *grads = run_conv(native, (rois, *parameters), grad.flatten(0, 1))
@@ -197,7 +217,8 @@ def test_fused_is_bit_equal_to_its_parts(native, emulator, C, D, dtype, box_dtyp
 
 
 @pytest.mark.parametrize(
-    ("C", "D", "dtype"), [(256, 64, torch.bfloat16), (32, 16, torch.float16), (20, 7, torch.float32)]
+    ("C", "D", "dtype"),
+    [(256, 64, torch.bfloat16), (32, 16, torch.float16), (32, 16, torch.float32), (20, 7, torch.float32)],
 )
 def test_deterministic_form_has_the_same_bits_in_any_order(native, emulator, C, D, dtype):
     arguments, grad = make_roi(1, 8, C, D, dtype)
@@ -215,15 +236,18 @@ def test_deterministic_form_has_the_same_bits_in_any_order(native, emulator, C, 
     assert not all(torch.equal(first_cells, other[-1]) for other in results[False][1:])
 
 
-@pytest.mark.parametrize(("C", "D", "dtype"), [(64, 16, torch.bfloat16), (20, 7, torch.float32), (5, 3, torch.float32)])
+@pytest.mark.parametrize(
+    ("C", "D", "dtype"),
+    [(64, 16, torch.bfloat16), (64, 16, torch.float32), (20, 7, torch.float32), (5, 3, torch.float32)],
+)
 def test_gradient_of_the_maps_is_added_or_left_out(native, C, D, dtype):
     arguments, grad = make_roi(1, 3, C, D, dtype)
     _, *expected, cells = run_roi(native, arguments, grad, True)
     twice = 1 + cells
-    native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, True, twice)
+    native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, True, True, twice)
     torch.testing.assert_close(twice, 1 + 2 * cells, rtol=1e-5, atol=1e-5 * cells.abs().max().item())
     for deterministic in (False, True):
-        actual = native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, deterministic, cells[:0])
+        actual = native.roi_dynamic_conv_backward(grad, *arguments, 1e-5, True, deterministic, cells[:0])
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
@@ -243,4 +267,5 @@ def test_boxes_that_read_nothing(native, dtype):
         arguments[2][1:].double(),
         *(norm.double() for norm in arguments[3:7]),
     )
-    torch.testing.assert_close(out[0, 1:].double(), silent, rtol=3 * torch.finfo(dtype).eps, atol=1e-5)
+    rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps)
+    torch.testing.assert_close(out[0, 1:].double(), silent, rtol=3 * rounding, atol=1e-5)

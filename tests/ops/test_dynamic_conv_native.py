@@ -279,9 +279,9 @@ def test_opcheck(backend, dtype):
     features, parameters, *norms = make_arguments(2, 4, 6, 5, bias=8.0)
     operands = [features.to(dtype), parameters.to(dtype), *norms]
     leaves = [operand.clone().requires_grad_() for operand in operands]
-    torch.library.opcheck(native.dynamic_conv.default, (*leaves, 1e-5))
+    torch.library.opcheck(native.dynamic_conv.default, (*leaves, 1e-5, False))
     grad = make_grad(2, 4, 6, dtype)
-    torch.library.opcheck(native.dynamic_conv_backward.default, (grad, *operands, 1e-5))
+    torch.library.opcheck(native.dynamic_conv_backward.default, (grad, *operands, 1e-5, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -346,6 +346,7 @@ def test_memory_of_the_forward(dtype):
 )
 def test_a_direct_call_cannot_read_out_of_bounds(backend, wrong, message):
     arguments = dict(zip(NAMES, make_arguments(2, 4, 6, 5), strict=True), grad=make_grad(2, 4, 6), eps=1e-5)
+    arguments["allow_tf32"] = False
     native = getattr(torch.ops, backend.namespace)
     native.dynamic_conv_backward(**arguments)
     arguments.update(wrong)

@@ -291,7 +291,7 @@ def test_boxes_get_no_gradient(backend):
 def test_backward_adds_to_what_is_there(backend):
     native = getattr(torch.ops, backend.namespace)
     arguments = Arguments(2, 3, 5, 3, 4, 3, 2, "channels_last", bias=8.0)
-    options = (*arguments.options, "detectron2", 1e-5, True)
+    options = (*arguments.options, "detectron2", 1e-5, False, True)
     once = new_grad_cells(arguments.features)
     start = torch.randn_like(once)
     twice = start.clone()
@@ -333,7 +333,7 @@ def test_opcheck(backend, dtype):
     features = [f.to(dtype).requires_grad_() for f in arguments.features]
     others = [arguments.others[0].to(dtype), *arguments.others[1:]]
     leaves = [t.clone().requires_grad_() for t in others]
-    options = ([4, 8], 2, 2, "detectron2", 1e-5)
+    options = ([4, 8], 2, 2, "detectron2", 1e-5, False)
     torch.library.opcheck(native.roi_dynamic_conv.default, (features, arguments.boxes, *leaves, *options))
     features = [f.detach() for f in features]
     grad, cells = arguments.grad.to(dtype), new_grad_cells(features)
@@ -410,7 +410,7 @@ def test_a_direct_call_cannot_read_out_of_bounds(backend, wrong, message):
         grad=torch.zeros(1, 2, 9, 6), features=[torch.zeros(1, 6, 4, 4), torch.zeros(1, 6, 2, 2)],
         boxes=torch.zeros(1, 2, 4), parameters=torch.zeros(2, 60), norm1_weight=torch.zeros(5),
         norm1_bias=torch.zeros(5), norm2_weight=torch.zeros(6), norm2_bias=torch.zeros(6), strides=[4, 8],
-        output_size=3, sampling_ratio=2, level_rule="detectron2", eps=1e-5, deterministic=True,
+        output_size=3, sampling_ratio=2, level_rule="detectron2", eps=1e-5, allow_tf32=False, deterministic=True,
         grad_cells=torch.zeros(20, 6),
     )  # fmt: skip
     native = getattr(torch.ops, backend.namespace)

@@ -1,0 +1,282 @@
+"""The detector made ready for inference: what ``SparseRCNN.optimize`` returns."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_rcnn.data.transforms import resize
+from sparse_rcnn.inference.buckets import Buckets, Capture, GraphCapture
+from sparse_rcnn.inference.fuse import evaluating, fuse
+from sparse_rcnn.inference.head import InferenceHead
+from sparse_rcnn.inference.memory import keep_freed_memory
+from sparse_rcnn.inference.onednn import cpu_has
+from sparse_rcnn.inference.program import Found, Program
+from sparse_rcnn.inference.weight_guard import WeightGuard
+from sparse_rcnn.models.sparse_rcnn import SparseRCNN, StageOutputs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZE_MULTIPLE = 32
+# Relative error that rounding may bring, through some fifty layers, when they are fused.
+_FUSING_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+
+
+class StaleWeightsError(RuntimeError):
+    """The detector's weights changed after it was optimized."""
+
+
+class OptimizedSparseRCNN:
+    """Inference with the weights that a detector has now; made by :meth:`SparseRCNN.optimize`.
+
+    BatchNorm is folded, activations and residual sums are fused to their convolutions, tensors are channels-last, what
+    depends on no image is computed once, and of the class towers only the last one runs. On a GPU each shape of batch
+    runs as one CUDA graph from 8-bit pixels to detections. The weights of the original that have the right type and
+    device are shared with it, and it may not change any more; one tells so by :class:`StaleWeightsError`.
+
+    Args:
+        model: the detector; kept.
+        device: None is the model's.
+        dtype: of features and weights; boxes are float32. None is bfloat16 (float16 where it has none) on a GPU and
+            float32 on a CPU. A half type that a CPU has no instructions for becomes float32, with a warning.
+        batch_size: images that a graph takes at most.
+        image_sizes: (height, width) of images, as the network sees them, whose graphs are captured now.
+        keep_memory: on a CPU let the process keep the memory that it frees, which saves a fifth of the time; it
+            concerns the whole process.
+        capture: stands in for the capture of CUDA graphs (for tests).
+
+    Attributes:
+        config, device, dtype, batch_size.
+
+    Raises:
+        ValueError: a dtype that this GPU or this package has not, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        model: SparseRCNN,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 1,
+        image_sizes: Iterable[tuple[int, int]] = (),
+        keep_memory: bool = True,
+        capture: Capture | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        weight = model.init_proposal_boxes.weight
+        self.model, self.config, self.batch_size = model, model.config, batch_size
+        self.device = weight.device if device is None else torch.empty(0, device=device).device
+        self.dtype = resolve_dtype(self.device, dtype)
+        self._guard = WeightGuard(model)
+        with torch.inference_mode():
+            backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
+            head = InferenceHead(model, self.device, self.dtype)
+        self._program = Program(model, backbone, head, self.device, self.dtype)
+        capture = GraphCapture() if capture is None and self.device.type == "cuda" else capture
+        self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
+        if keep_memory and self.device.type == "cpu":
+            keep_freed_memory()  # only now: what was needed to fold is given back
+        for size in image_sizes:
+            self.warm_up(size)
+
+    def __call__(self, images: Sequence[Tensor], return_stages: bool = False) -> list[dict[str, Tensor]] | StageOutputs:
+        """What the model returns for these images in evaluation mode; see :meth:`SparseRCNN.forward`."""
+        if return_stages or not _are_pixels(images):
+            return self._call_uncaptured(images, return_stages)
+        results = self.detect(images, [tuple(image.shape[1:]) for image in images])
+        return [{name: values.to(self.device) for name, values in result.items()} for result in results]
+
+    @torch.inference_mode()
+    def detect(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Resize and detect.
+
+        Args:
+            images: uint8 [3, h, w] RGB, in any memory order, on any device.
+            sizes: (height, width) that the network sees each in.
+
+        Returns:
+            A dict an image: ``boxes`` [n, 4] float32 xyxy in pixels of the image given, clipped to it, ``scores`` [n]
+            descending, ``labels`` [n] and ``proposals`` [n], all on the CPU.
+
+        Raises:
+            StaleWeightsError: the model's weights changed.
+            torch.OutOfMemoryError: even a single image is too much for the GPU's memory.
+        """
+        return self._detect(list(images), list(sizes), padded_shape(sizes))
+
+    def warm_up(self, size: tuple[int, int], images: int | None = None) -> None:
+        """Run on blank images of this size, ``batch_size`` or so many: captures a GPU's graph for their shape."""
+        blank = torch.zeros(3, *size, dtype=torch.uint8)
+        self.detect([blank] * (images or self.batch_size), [tuple(size)] * (images or self.batch_size))
+
+    def is_stale(self) -> bool:
+        """Whether the model's weights are no longer those that this was made from."""
+        return self._guard.changed()
+
+    def report(self) -> dict[str, Any]:
+        """What was done to the model and what was captured, in plain values."""
+        buckets = self._buckets
+        return {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backbone": self._backbone_note,
+            "batch_size": self.batch_size,
+            "buckets": [{**key._asdict(), "replays": count} for key, count in buckets.replays.items()]
+            if buckets
+            else [],
+            "batches_without_bucket": buckets.uncaptured if buckets else 0,
+        }
+
+    def _check_weights(self) -> None:
+        if self.is_stale():
+            raise StaleWeightsError("the model's weights changed since optimize(): call it again")
+
+    def _detect(
+        self, images: list[Tensor], sizes: list[tuple[int, int]], shape: tuple[int, int]
+    ) -> list[dict[str, Tensor]]:
+        """Detections of any number of images, all padded to ``shape``: what one is padded to changes what is found."""
+        results = []
+        while images:
+            count = min(len(images), self.batch_size) if self._buckets else len(images)
+            try:
+                results += self._run(images[:count], sizes[:count], shape)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                self._halve(count)
+                continue
+            images, sizes = images[count:], sizes[count:]
+        return results
+
+    def _halve(self, count: int) -> None:
+        """Run smaller batches from now on."""
+        self.batch_size = count // 2
+        warnings.warn(f"out of memory with {count} images at a time: going on with {self.batch_size}", stacklevel=5)
+        if self._buckets:
+            self._buckets.clear()
+            self._buckets.batch_size = self.batch_size
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(
+        self, images: list[Tensor], sizes: list[tuple[int, int]], shape: tuple[int, int]
+    ) -> list[dict[str, Tensor]]:
+        rows = [(*image.shape[1:], *size) for image, size in zip(images, sizes, strict=True)]
+        captured = self._buckets.find(len(images), *shape) if self._buckets else None
+        if captured is None:
+            self._check_weights()
+            images = [image.to(self.device, non_blocking=True) for image in images]
+            return _split(self._program(images, torch.tensor(rows).to(self.device), shape), len(images))
+        reduced = [
+            resize(image.cpu(), size) if image.numel() > captured.capacity else image
+            for image, size in zip(images, sizes, strict=True)
+        ]
+        captured.inputs.fill(reduced, [(*image.shape[1:], *size) for image, size in zip(reduced, sizes, strict=True)])
+        captured.replay()
+        self._check_weights()  # while the GPU works
+        results = _split(captured.outputs, len(images))
+        for result, image, fed in zip(results, images, reduced, strict=True):
+            if fed is not image:
+                result["boxes"] = _scale(result["boxes"], fed.shape[1:], image.shape[1:])
+        return results
+
+    @torch.inference_mode()
+    def _call_uncaptured(self, images: Sequence[Tensor], return_stages: bool) -> list[dict[str, Tensor]] | StageOutputs:
+        self._check_weights()
+        batch, sizes = self.model._normalize(images)
+        batch = batch.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        sizes = sizes.long().repeat(1, 2).to(self.device)
+        found, stages = self._program.stages(batch, sizes)
+        results = _split(found, len(images))
+        detections = [{name: values.to(self.device) for name, values in result.items()} for result in results]
+        return StageOutputs(*stages, detections, losses={}) if return_stages else detections
+
+
+def resolve_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+    """The type to compute in on ``device``; see :class:`OptimizedSparseRCNN`.
+
+    Raises:
+        ValueError: none of the three, or bfloat16 on a GPU that has none.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if dtype == torch.bfloat16 and not has_bfloat16:
+            raise ValueError(
+                f"dtype: expected float32 or float16, {torch.cuda.get_device_name(device)} has no bfloat16"
+            )
+        return dtype or (torch.bfloat16 if has_bfloat16 else torch.float16)
+    if dtype is not None and not cpu_has(dtype):
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(f"this processor has no instructions for {name}: computing in float32", stacklevel=4)
+        return torch.float32
+    return dtype or torch.float32
+
+
+def padded_shape(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """What images of these sizes are padded to in one batch."""
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    return -(-height // SIZE_MULTIPLE) * SIZE_MULTIPLE, -(-width // SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def _are_pixels(images: Sequence[Tensor]) -> bool:
+    """Whether these are 8-bit images; of all others the model tells what is wrong, if it is wrong."""
+    return len(images) > 0 and all(
+        isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and image.shape[0] == 3
+        and 0 not in image.shape
+        for image in images
+    )  # fmt: skip
+
+
+def _scale(boxes: Tensor, seen: Sequence[int], given: Sequence[int]) -> Tensor:
+    """Boxes [n, 4] from pixels of an image of (height, width) ``seen`` to those of one ``given``, clipped to it."""
+    x, y = given[1] / seen[1], given[0] / seen[0]
+    return (boxes * boxes.new_tensor([x, y, x, y])).minimum(boxes.new_tensor([given[1], given[0]] * 2))
+
+
+def _split(found: Found, count: int) -> list[dict[str, Tensor]]:
+    """The first ``count`` images' detections on the CPU, in tensors of their own."""
+    on_gpu = found.counts.is_cuda
+    found = Found(*(values.to("cpu", non_blocking=True) for values in found))
+    if on_gpu:
+        torch.cuda.current_stream().synchronize()  # the only wait
+    counts = found.counts.tolist()
+    names = ("boxes", "scores", "labels", "proposals")
+    return [
+        {name: values[index, : counts[index]].clone() for name, values in zip(names, found, strict=False)}
+        for index in range(count)
+    ]
+
+
+def _fused(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, str]:
+    """``backbone`` fused, or as it is where that does not work; and which, in words."""
+    try:
+        fused = fuse(backbone, device, dtype)
+        error = _difference(backbone, fused, device, dtype)
+        if error <= _FUSING_ERROR[dtype]:
+            return fused, "fused"
+        reason = f"fused it differs by {error:.2g}"
+    except Exception as problem:  # tracing runs a backbone of any kind on objects that it does not expect
+        reason = f"{type(problem).__name__}: {problem}"
+    plain = copy.deepcopy(backbone).eval().to(device, dtype, memory_format=torch.channels_last)
+    return plain, f"not fused ({reason})"
+
+
+def _difference(backbone: nn.Module, fused: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+    """Greatest relative difference of the two backbones' maps of one small image."""
+    parameter = next(backbone.parameters())
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with evaluating(backbone):
+        expected = backbone(image.to(parameter))
+    maps = fused(image.to(device, dtype, memory_format=torch.channels_last))
+    errors = [
+        (got.to(want).float() - want.float()).norm() / want.float().norm()
+        for got, want in zip(maps, expected, strict=True)
+    ]
+    return float(torch.stack(errors).max())
