@@ -98,7 +98,7 @@ main() {
     step doctor 40 tests.log doctor
     step "GPU tests" 110 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
     step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
-    step benchmarks 150 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
+    step benchmarks 180 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
     sanitizers
     step "torch.compile" 120 benchmarks.log "$PYTHON" -m benchmarks --device cuda --dtype bfloat16 --compile --quick \
       --json "$OUT/cuda_compiled.json"

@@ -124,8 +124,8 @@ def _set_box_loss_kernel(
 
     zero = tl.zeros((BLOCK,), ax1.dtype)  # NaN where a box is not finite, matched or not
     for start in range(tl.program_id(1) * BLOCK, N * 4, tl.num_programs(1) * BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        value = tl.load(boxes + problem * N * 4 + place, mask=place < N * 4, other=0.0)
+        coordinate = start + tl.arange(0, BLOCK)
+        value = tl.load(boxes + problem * N * 4 + coordinate, mask=coordinate < N * 4, other=0.0)
         zero += value - value
     part = problem * tl.num_programs(1) + tl.program_id(1)
     tl.store(l1_parts + part, tl.sum(tl.where(matched, l1, 0.0) + zero, 0))

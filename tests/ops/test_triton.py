@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +81,46 @@ def test_set_box_loss(N: int, M: int) -> None:
         l1, giou = function(boxes, matches, targets, sizes)
         results.append((l1, giou, *torch.autograd.grad((l1 * weight[0] + giou * weight[1]).sum(), boxes)))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+# Run without TRITON_INTERPRET, which makes of a kernel something that cannot be compiled.
+COMPILE = """
+import itertools, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sparse_rcnn.kernels import matching_cost, set_box_loss, set_focal_loss
+
+def compiled(kernel, constants, **pointers):
+    signature = {**pointers, **{name: "i32" for name in ("B", "N", "M", "elements") if name in kernel.arg_names}}
+    if "K" in kernel.arg_names and "K" not in constants:
+        signature["K"] = "i32"
+    source = ASTSource(kernel, {**signature, **{name: "constexpr" for name in constants}}, constants)
+    text = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["ptx"]
+    assert ".entry " + kernel.__name__ in text
+
+for real, gamma in itertools.product(("*fp32", "*fp64"), (0.0, 1.5, 2.0)):
+    focal = {"ALPHA": 0.25, "GAMMA": gamma, "BLOCK": 1024}
+    compiled(set_focal_loss._set_focal_loss_kernel, focal, logits=real, classes="*i64", grad=real, parts=real)
+    if gamma == 1.5:
+        continue
+    cost = {"K": 80, "CLASS_WEIGHT": 2.0, "L1_WEIGHT": 5.0, "GIOU_WEIGHT": 2.0, "ALPHA": 0.25, "GAMMA": gamma}
+    cost |= {"FOCAL": gamma == 2.0, "NON_FINITE_COST": 1e6, "TINY": 1e-38, "BLOCK_N": 32, "BLOCK_M": 16, "BLOCK_K": 64}
+    pointers = {"logits": real, "boxes": real, "target_labels": "*i64", "target_boxes": real, "target_counts": "*i64"}
+    compiled(matching_cost._matching_cost_kernel, cost, **pointers, image_sizes=real, cost=real)
+    pointers = {"boxes": real, "matches": "*i64", "target_boxes": real, "image_sizes": real, "grad_l1": real}
+    pointers |= {"grad_giou": real, "l1_parts": real, "giou_parts": real}
+    compiled(set_box_loss._set_box_loss_kernel, {"TINY": 1e-38, "BLOCK": 64}, **pointers)
+"""
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernels_compile(capability: str, tmp_path: Path) -> None:
+    """The interpreter lets pass what the compiler does not: a variable that changes its type in a loop, for one."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, capability]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_operator_without_a_triton_kernel_says_so() -> None:
