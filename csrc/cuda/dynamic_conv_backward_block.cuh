@@ -110,7 +110,7 @@ struct BackwardBlock : BackwardTiles<T> {
   using Tiles::args, Tiles::P, Tiles::C, Tiles::D, Tiles::roi, Tiles::x, Tiles::dy, Tiles::hidden;
 
   Tile<T> w1, w2;
-  char* scratch;  // for whom dx goes to
+  char* scratch;  // for the use of dx
 
   __device__ BackwardBlock(const DynamicConvArgs<T>& args_, const T* grad, int channels, int inner,
                            size_t scratch_bytes, char* shared)
@@ -148,7 +148,6 @@ struct BackwardBlock : BackwardTiles<T> {
     copy_norm2_async(args, C, this->norm2);
     cp_async_commit();
   }
-
 
   __device__ void park(const WarpTile<1>& /*h*/) const {}
   __device__ void fetch_parked(WarpTile<1>& /*h*/) const {}
@@ -188,7 +187,7 @@ template <>
 struct BackwardBlock<float> : BackwardTiles<float> {
   float *piece, *other_piece;
   float* parked;  // of the thread
-  char* scratch;  // for whom x comes from
+  char* scratch;  // for x to be fetched, and for the use of dx
 
   __device__ BackwardBlock(const DynamicConvArgs<float>& args_, const float* grad, int channels,
                            int inner, size_t scratch_bytes, char* shared)
@@ -220,7 +219,6 @@ struct BackwardBlock<float> : BackwardTiles<float> {
     copy_norm2_async(args, C, norm2);
     copy_grad();
   }
-
 
   // A quarter of h is out of the registers while y, which needs almost all, is in them.
   __device__ void park(const WarpTile<1>& h) const {
