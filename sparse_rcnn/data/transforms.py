@@ -30,6 +30,8 @@ def network_size(height: int, width: int, min_size: int, max_size: int) -> tuple
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize with Pillow's antialiased bilinear filter, as detectron2 does; equal size gives the image itself.
 
+    First along the rows, then along the columns: Pillow's own order, which its version 13 reverses for some sizes.
+
     Args:
         image: uint8 [3, H, W].
         size: (height, width).
@@ -42,8 +44,9 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[1:]) == tuple(size):
         return image
     pixels = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    resized = pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    for width, height in ((size[1], pixels.height), (size[1], size[0])):
+        pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
 
 
 def resize_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -60,7 +60,7 @@ def detect(
         if every_stage:
             outputs = model(shown, return_stages=True)
             pairs = zip(outputs.logits, outputs.boxes, strict=True)
-            results = [model._detections(logits, boxes, shown) for logits, boxes in pairs]
+            results = [model.detections(logits, boxes, shown) for logits, boxes in pairs]
         else:
             results = [model(shown)]
     names = model.config.class_names or tuple(map(str, range(model.config.num_classes)))

@@ -142,7 +142,7 @@ class SparseRCNN(nn.Module):
         """
         if not self.training:
             logits, boxes, initial = self._stages(*self._normalize(images))
-            detections = self._detections(logits[-1], boxes[-1], images)
+            detections = self.detections(logits[-1], boxes[-1], images)
             return StageOutputs(logits, boxes, initial, detections, {}) if return_stages else detections
         batch = images if isinstance(images, Batch) else self.prepare(images, targets)
         batch = batch.to(self.init_proposal_boxes.weight.device)
@@ -200,8 +200,17 @@ class SparseRCNN(nn.Module):
         # To float32 at least, under autocast.
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), stage_boxes, boxes
 
-    def _detections(self, logits: Tensor, boxes: Tensor, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """The best N of the last stage's scores for every image; no NMS, no threshold (section 3.4 of the paper)."""
+    def detections(self, logits: Tensor, boxes: Tensor, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """The best N of a stage's scores for every image; no NMS, no threshold (section 3.4 of the paper).
+
+        Args:
+            logits: [B, N, K] float32 (K + 1 with softmax classification).
+            boxes: [B, N, 4] xyxy in pixels of the images.
+            images: the B images [3, h, w], of which only the sizes are read.
+
+        Returns:
+            The dicts that :meth:`forward` returns in evaluation mode.
+        """
         results = []
         for image_logits, image_boxes, image in zip(logits, boxes, images, strict=True):
             N, K = image_logits.shape

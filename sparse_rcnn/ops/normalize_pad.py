@@ -28,9 +28,9 @@ def normalize_pad(
     """Resize 8-bit images, subtract ``mean``, divide by ``std``, and pad them with zeros to one batch.
 
     The resize is Pillow's antialiased bilinear filter in its own arithmetic of 22-bit weights, horizontal pass first,
-    each pass rounded to 8 bits. (Pillow 13 begins with the vertical pass where the height shrinks by more than twice
-    as many pixels as the width: about a tenth of the pixels then differ by one grey level.) What follows is computed
-    in float32 and rounded once. An image that keeps its size is not changed by the resize.
+    each pass rounded to 8 bits: what ``data.transforms.resize`` gives. (Pillow 13 begins with the vertical pass where
+    the height shrinks by more than twice as many pixels as the width; a tenth of the pixels then differ by one grey
+    level.) What follows is computed in float32 and rounded once. An image that keeps its size is not changed.
 
     Source: ``ResizeShortestEdge`` and ``preprocess_image`` of detectron2; ``Resample.c`` of Pillow.
 

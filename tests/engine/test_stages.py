@@ -34,7 +34,7 @@ class Oracle(nn.Module):
         self.seen += [tuple(image.shape) for image in images]
         return SimpleNamespace(logits=range(len(self.stages)), boxes=range(len(self.stages)))
 
-    def _detections(self, logits, boxes, images):
+    def detections(self, logits, boxes, images):
         answer = self.stages[logits]
         scale = images[0].shape[2] / SIZE[0]
         boxes = torch.tensor([box for box, _, _ in answer], dtype=torch.float32).reshape(-1, 4) * scale
@@ -81,9 +81,9 @@ def test_nms_repairs_what_duplicates_cost(write_coco):
     dataset = open_dataset(write_coco({1: SIZE, 2: SIZE}, {1: "cat", 2: "dog"}, annotations), "valid")
 
     class Uneven(Oracle):
-        def _detections(self, logits, boxes, images):
+        def detections(self, logits, boxes, images):
             self.stages = [[(A, 0.9, 0), (A_AGAIN, 0.8, 0)] if len(self.seen) == 1 else [(A, 0.5, 0)]]
-            return super()._detections(0, boxes, images)
+            return super().detections(0, boxes, images)
 
     (result,) = evaluate_stages(Uneven([[]]), dataset)[:1]
     # Found, found again, found: recall 0.5 at precision 1, recall 1 at 2/3; 51 and 50 of the 101 recall points.
