@@ -43,7 +43,9 @@ class HungarianMatcher:
             image_sizes: [B, 2] (height, width).
 
         Returns:
-            [S, B, M] int64, the proposal of each target; -1 for padding and for targets that found none.
+            [S, B, M] int64, the proposal of each target; -1 for padding and for targets that found none, which are
+            those left over when there are more targets than proposals. Predictions that are not finite are taken
+            last; they do not raise.
         """
         cost = ops.matching_cost(
             *(logits, boxes, targets.labels, targets.boxes, targets.counts, image_sizes),

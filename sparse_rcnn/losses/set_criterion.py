@@ -49,6 +49,7 @@ class SetCriterion(nn.Module):
 
         Returns:
             ``loss_ce``, ``loss_bbox`` and ``loss_giou`` of the last stage, and with ``_0``, ``_1``... of the others.
+            Not finite where a prediction of the stage is not, matched or not. No value is read by the host.
         """
         if not self.deep_supervision:
             logits, boxes = logits[-1:], boxes[-1:]
