@@ -33,12 +33,13 @@ def set_box_loss(
     S, B, M = matches.shape
     N = boxes.shape[2]
     grad_l1, grad_giou = torch.zeros_like(boxes), torch.zeros_like(boxes)
-    parts = boxes.new_zeros(2, S, B, max(1, triton.cdiv(M, BLOCK)))
+    programs = max(1, triton.cdiv(M, BLOCK))  # an image
+    parts = boxes.new_zeros(2, S, B, programs)
     if parts.numel() and N:
-        _set_box_loss_kernel[(S * B, parts.shape[3])](
+        _set_box_loss_kernel[(S * B, programs)](
             *(boxes.contiguous(), matches.contiguous(), target_boxes.contiguous(), image_sizes.contiguous()),
             *(grad_l1, grad_giou, parts[0], parts[1], B, N, M),
-            TINY=torch.finfo(boxes.dtype).tiny, BLOCK=BLOCK,
+            TINY=torch.finfo(boxes.dtype).tiny, BLOCK=BLOCK, ROUNDS=triton.cdiv(N * 4, programs * BLOCK),
         )  # fmt: skip
     l1, giou = parts.flatten(2).sum(2)
     return l1, giou, grad_l1, grad_giou
@@ -65,6 +66,7 @@ def _set_box_loss_kernel(
     M,
     TINY: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROUNDS: tl.constexpr,  # in which an image's programs look at all of its coordinates
 ):
     problem = tl.program_id(0).to(tl.int64)  # stage * B + image
     image = problem % B
@@ -123,8 +125,8 @@ def _set_box_loss_kernel(
     tl.store(grad_giou + place + 3, -dy2, mask=matched)
 
     zero = tl.zeros((BLOCK,), ax1.dtype)  # NaN where a box is not finite, matched or not
-    for start in range(tl.program_id(1) * BLOCK, N * 4, tl.num_programs(1) * BLOCK):
-        coordinate = start + tl.arange(0, BLOCK)
+    for turn in range(ROUNDS):
+        coordinate = (turn * tl.num_programs(1) + tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(boxes + problem * N * 4 + coordinate, mask=coordinate < N * 4, other=0.0)
         zero += value - value
     part = problem * tl.num_programs(1) + tl.program_id(1)

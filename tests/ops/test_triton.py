@@ -110,7 +110,7 @@ for real, gamma in itertools.product(("*fp32", "*fp64"), (0.0, 1.5, 2.0)):
     compiled(matching_cost._matching_cost_kernel, cost, **pointers, image_sizes=real, cost=real)
     pointers = {"boxes": real, "matches": "*i64", "target_boxes": real, "image_sizes": real, "grad_l1": real}
     pointers |= {"grad_giou": real, "l1_parts": real, "giou_parts": real}
-    compiled(set_box_loss._set_box_loss_kernel, {"TINY": 1e-38, "BLOCK": 64}, **pointers)
+    compiled(set_box_loss._set_box_loss_kernel, {"TINY": 1e-38, "BLOCK": 64, "ROUNDS": 19}, **pointers)
 """
 
 
