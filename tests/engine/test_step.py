@@ -22,7 +22,8 @@ READING_REFERENCES = ("linear_assignment", "multiscale_roi_align", "roi_dynamic_
 
 def serve(monkeypatch, by_reference) -> None:
     """Let the reference of an operator serve where ``by_reference(name)``, and its kernel where not."""
-    if _library.problems().get("_C"):
+    # An install without a compiler has none, and SciPy's assignment reads; kernels that do not load are a failure.
+    if "was not built" in _library.problems().get("_C", ""):
         pytest.skip("the CPU kernels are not built")
     serving = _library.serving
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ def test_stages_and_detections(golden_model, golden_images, golden_outputs, case
 
 @torch.inference_mode()
 def test_bfloat16_is_as_near_to_float64_as_eager(golden_model, golden_images):
-    if not cpu_has(torch.bfloat16):
+    if not cpu_has(torch.bfloat16):  # optimize computes in float32 there, which tests/inference holds it to
         pytest.skip("this processor has no bfloat16")
     images = [image[:, :256, :320] for image in golden_images]
     golden_model.eval()
