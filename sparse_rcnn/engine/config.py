@@ -39,7 +39,7 @@ class TrainConfig:
     batch_size: int = _option(2, "images a step")
     base_lr: float | None = _option(
         None,
-        "learning rate after warm-up for a global batch of base_batch images, in proportion for others; default 2.5e-5 "
+        "learning rate after warm-up for batches of base_batch images, in proportion for others; default 2.5e-5 "
         "for models as wide as the paper's, 8e-4 for narrower ones",
     )
     base_batch: int = _option(16, "images that base_lr is for")

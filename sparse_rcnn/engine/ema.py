@@ -20,13 +20,13 @@ def build_ema(model: nn.Module, decay: float, state: dict[str, Any] | None = Non
     Args:
         model: what to average; ``module`` of the result is its copy, in evaluation mode.
         decay: 0..1, of the old average in the new one.
-        state: a ``state_dict`` to go on from; None starts with the weights of ``model``.
+        state: a ``state_dict`` to go on from; None, or an empty one, starts with the weights of ``model``.
     """
     if decay == 0:
         return None
     from timm.utils import ModelEmaV3
 
     ema = ModelEmaV3(model, decay=decay, use_warmup=True)
-    if state is not None:
+    if state:
         ema.load_state_dict(state)
     return ema

@@ -14,17 +14,12 @@ _SMALL_LR = 8e-4
 _OUT_OF_PROPORTION = 4.0
 
 
-def global_batch(batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
-    """Images of one optimizer step: of all processes, and of all batches whose gradients are added up."""
-    return batch_size * world_size * accumulate
-
-
 def usual_lr(model: SparseRCNNConfig) -> float:
     """The learning rate for batches of 16 where no recipe states one: the paper's for models as wide as the paper's."""
     return _PAPER_LR if model.hidden_dim >= 256 else _SMALL_LR
 
 
-def resolve(config: TrainConfig, model: SparseRCNNConfig, num_images: int, batch: int) -> tuple[TrainConfig, list[str]]:
+def resolve(config: TrainConfig, model: SparseRCNNConfig, num_images: int) -> tuple[TrainConfig, list[str]]:
     """``config`` with numbers for ``lr``, ``steps`` and ``decay_steps``, and lines that tell the user.
 
     Those that are given are taken as they are. Otherwise ``lr`` is ``base_lr`` in proportion to the batch (the linear
@@ -35,8 +30,8 @@ def resolve(config: TrainConfig, model: SparseRCNNConfig, num_images: int, batch
         config: of the run.
         model: what is trained.
         num_images: of the training data.
-        batch: images of one optimizer step, see :func:`global_batch`.
     """
+    batch = config.batch_size
     base_lr = usual_lr(model) if config.base_lr is None else config.base_lr
     scaled = base_lr * batch / config.base_batch
     lr = scaled if config.lr is None else config.lr

@@ -27,7 +27,7 @@ from sparse_rcnn.engine.ema import build_ema
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, RunLog
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
-from sparse_rcnn.engine.schedule import global_batch, resolve
+from sparse_rcnn.engine.schedule import resolve
 from sparse_rcnn.engine.step import Report, Reports, TrainStep
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
@@ -89,7 +89,7 @@ class Trainer:
             raise ValueError(
                 f"data: expected at least one image, got none in {self.dataset.source}" + (f": {why}" if why else "")
             )
-        config, notes = resolve(config, model.config, len(self.dataset), global_batch(config.batch_size))
+        config, notes = resolve(config, model.config, len(self.dataset))
         self.config, self.notes = config, self.notes + notes
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
@@ -194,7 +194,7 @@ class Trainer:
             self.checkpoint_path,
             {
                 "model": self.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.state_dict(),
+                "ema": {} if self.ema is None else self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "best_ap": self.best_ap,

@@ -271,7 +271,7 @@ def assert_same_run(first, second) -> None:
     first, second = (load_checkpoint(f"{run}/last.pt") for run in (first, second))
     assert first["step"] == second["step"]
     assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
-    assert all(torch.equal(value, second["ema"][name]) for name, value in (first["ema"] or {}).items())
+    assert all(torch.equal(value, second["ema"][name]) for name, value in first["ema"].items())
     for place, state in first["optimizer"]["state"].items():
         assert all(torch.equal(value, second["optimizer"]["state"][place][name]) for name, value in state.items())
 

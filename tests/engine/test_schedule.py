@@ -4,14 +4,14 @@ import pytest
 
 from sparse_rcnn import SparseRCNNConfig
 from sparse_rcnn.engine.config import TrainConfig
-from sparse_rcnn.engine.schedule import global_batch, resolve
+from sparse_rcnn.engine.schedule import resolve
 
 PAPER = {"epochs": 36, "base_lr": 2.5e-5, "decay_at": (0.777778, 0.925926)}
 R50, SMALL = SparseRCNNConfig.preset("r50_100"), SparseRCNNConfig.preset("small")
 
 
 def resolved(batch: int, model: SparseRCNNConfig = R50, num_images: int = 120_000, **fields):
-    return resolve(TrainConfig(data="d", output="o", **fields), model, num_images, batch)
+    return resolve(TrainConfig(data="d", output="o", batch_size=batch, **fields), model, num_images)
 
 
 def test_the_paper_s_recipe_is_270_000_steps_of_16():
@@ -23,9 +23,9 @@ def test_the_paper_s_recipe_is_270_000_steps_of_16():
     ]
 
 
-@pytest.mark.parametrize(("numbers", "lr", "steps"), [((2,), 3.125e-6, 2_160_000), ((2, 8, 4), 1e-4, 67_500)])
-def test_rate_and_steps_follow_the_global_batch(numbers, lr, steps):
-    config, notes = resolved(global_batch(*numbers), **PAPER)
+@pytest.mark.parametrize(("batch", "lr", "steps"), [(2, 3.125e-6, 2_160_000), (64, 1e-4, 67_500)])
+def test_rate_and_steps_follow_the_batch(batch, lr, steps):
+    config, notes = resolved(batch, **PAPER)
     assert config.lr == pytest.approx(lr, rel=1e-12) and config.steps == steps
     assert config.decay_steps == (round(steps * 7 / 9), round(steps * 25 / 27))
     assert len(notes) == 1

@@ -84,13 +84,8 @@ def test_every_recipe_is_one():
     assert recipes() == ["paper_100", "paper_300", "small"]
     paper, small = config_of("--config", "paper_100"), config_of("--config", "small")
     assert config_of("--config", "paper_300") == dataclasses.replace(paper, preset="r50_300", crop=True)
-    # Batches of 16 as the paper's eight processes make them.
-    assert (paper.preset, paper.epochs, paper.base_lr, paper.base_batch) == (
-        "r50_100",
-        36,
-        2.5e-5,
-        8 * paper.batch_size,
-    )
+    assert (paper.preset, paper.epochs, paper.batch_size) == ("r50_100", 36, 16)
+    assert (paper.base_lr, paper.base_batch) == (2.5e-5, 16)
     assert (paper.weight_decay, paper.clip_norm, paper.warmup_steps, paper.warmup_factor) == (1e-4, 1.0, 1000, 0.01)
     assert (paper.augment, paper.flip, paper.min_sizes, paper.ema_decay) == ("paper", 0.5, None, 0.0)
     assert (small.preset, small.augment, small.base_batch) == ("small", "small", 16) and small.ema_decay > 0.99
