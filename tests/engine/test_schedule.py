@@ -19,7 +19,7 @@ def test_the_paper_s_recipe_is_270_000_steps_of_16():
     assert (config.steps, config.lr, config.decay_steps) == (270_000, 2.5e-5, (210_000, 250_000))
     assert notes == [
         "schedule: 270000 steps of 16 images (36 epochs of 120000), learning rate 2.5e-05, from 2.5e-05 for 16 images, "
-        "a tenth of it from 210000, 250000 on"
+        "divided by 10 at steps 210000, 250000"
     ]
 
 
@@ -35,7 +35,7 @@ def test_given_numbers_are_taken_as_they_are():
     given = {"lr": 3e-6, "steps": 500, "decay_steps": (100, 400), "warmup_steps": 10}
     config, notes = resolved(2, **PAPER, **given)
     assert (config.lr, config.steps, config.decay_steps) == (3e-6, 500, (100, 400))
-    assert len(notes) == 1 and "learning rate 3e-06, a tenth" in notes[0]
+    assert len(notes) == 1 and "learning rate 3e-06, divided" in notes[0]
 
 
 def test_parts_of_the_run_follow_given_steps():
