@@ -24,7 +24,7 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
     Raises:
         ValueError: a bad value, a missing flag, or a flag that contradicts the run to be resumed.
     """
-    if flags.get("output") is None:
+    if "output" not in flags:
         raise ValueError("--output: expected a folder for checkpoints, got none")
     if flags.get("resume"):
         saved = dict(load_checkpoint(Path(flags["output"]) / "last.pt")["train_config"])
@@ -38,7 +38,7 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
             )
         saved |= {name: None for given, name in _DERIVED.items() if given in flags}
         flags = {**saved, **flags}
-    if flags.get("data") is None:
+    if "data" not in flags:
         raise ValueError("--data: expected a folder or file in COCO, YOLO or Pascal VOC format, got none")
     return TrainConfig(**flags)
 

@@ -16,6 +16,7 @@ from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.suggestions import did_you_mean
 
 RECIPES = Path(__file__).parents[1] / "assets" / "recipes"
+_REQUIRED = ("data", "output")  # by a file, a flag, or on --resume the checkpoint
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.parse_args(words)  # with the defaults, for --print_config
     given = parser.parse_args(words, defaults=False).as_dict()
     given.pop("config", None)
-    return given
+    # A printed configuration has null for what is required and was not given.
+    return {name: value for name, value in given.items() if value is not None or name not in _REQUIRED}
 
 
 def recipes() -> list[str]:
@@ -114,7 +116,7 @@ class _Config(ActionConfigFile):
 def _options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """The flag of a field, as ``add_argument`` takes it."""
     options: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "default": field.default}
-    if field.default is dataclasses.MISSING:  # required: by a file, a flag, or on --resume the checkpoint
+    if field.default is dataclasses.MISSING:
         options["default"] = None if field.default_factory is dataclasses.MISSING else field.default_factory()
     if hint is bool:
         options["action"] = ActionYesNo(no_prefix="no-")

@@ -71,13 +71,15 @@ def test_files_and_flags_are_laid_over_each_other(mine):
 def test_the_printed_configuration_is_the_one_that_runs(mine, tmp_path, capsys):
     arguments = ("--config", "small", "--config", mine, "--lr", "1e-4", "--decay-steps", "3", "9", "--set", "a=[1, 2]")
     with pytest.raises(SystemExit) as exit_:
-        config_of(*arguments, "--print_config")
+        read_arguments([*arguments, "--print_config"])
     printed = capsys.readouterr().out
     assert exit_.value.code == 0 and yaml.safe_load(printed)["decay_steps"] == [3, 9]
+    assert yaml.safe_load(printed)["data"] is None
     (tmp_path / "printed.yaml").write_text(printed)
-    assert train.config_from_flags(read_arguments(["--config", str(tmp_path / "printed.yaml")])) == config_of(
-        *arguments
-    )
+    again = ["--config", str(tmp_path / "printed.yaml"), "--output", "o"]
+    with pytest.raises(ValueError, match="--data: expected a folder or file"):
+        train.config_from_flags(read_arguments(again))
+    assert train.config_from_flags(read_arguments([*again, "--data", "d"])) == config_of(*arguments)
 
 
 def test_every_recipe_is_one():
