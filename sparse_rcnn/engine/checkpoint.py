@@ -16,7 +16,7 @@ from sparse_rcnn.weights.safe_load import safe_load
 FORMAT_VERSION = 2
 _ENTRIES = {
     **{"model": dict, "optimizer": dict, "step": int, "best_ap": float, "skipped": list, "rng": dict, "data": dict},
-    **{"model_config": dict, "train_config": dict},
+    **{"ema": dict, "model_config": dict, "train_config": dict},
 }
 
 
@@ -25,9 +25,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
     Args:
         path: the file.
-        state: ``model`` and ``optimizer`` (state dicts), ``step`` (completed ones: schedule and data order follow from
-            it and the configuration), ``best_ap``, ``skipped`` (in a row, altogether), ``rng`` (:func:`rng_state`),
-            ``data`` (:func:`~sparse_rcnn.data.fingerprint.fingerprint`), ``model_config`` and ``train_config``.
+        state: ``model``, ``ema`` (empty without one) and ``optimizer`` (state dicts), ``step`` (completed ones: the
+            schedule and the data order follow from it and the configuration), ``best_ap``, ``skipped`` (in a row,
+            altogether), ``rng`` (:func:`rng_state`), ``data`` (:func:`~sparse_rcnn.data.fingerprint.fingerprint`),
+            ``model_config`` and ``train_config``.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; ``path`` is as it was.

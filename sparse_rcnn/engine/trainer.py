@@ -25,9 +25,11 @@ from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.engine.cuda_graph import CudaCapture, GraphedStep, ShapeBuckets, refusal
+from sparse_rcnn.engine.ema import build_ema
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, RunLog
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
+from sparse_rcnn.engine.schedule import resolve
 from sparse_rcnn.engine.step import MAX_SKIPPED_IN_A_ROW, Report, Reports, TrainStep
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
@@ -47,15 +49,20 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Builds a run from its configuration, and runs it.
 
-    In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights for ``from_pretrained``), ``best/``
-    (the weights of the best validation AP), ``step_00005000.pt`` (checkpoints that are kept) and ``log.jsonl``.
+    In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights, or their moving average where there
+    is one, for ``from_pretrained``), ``best/`` (those of the best validation AP), ``step_00005000.pt`` (checkpoints
+    that are kept) and ``log.jsonl``.
+
+    Attributes:
+        given: the configuration as it was given, which the checkpoint keeps and a resumed run resolves again.
+        config: with numbers for the learning rate and the steps, see :func:`resolve`.
 
     Raises:
         ValueError: a value of the configuration, the data set or the checkpoint cannot be used.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+        self.given = config
         self.output = Path(config.output)
         self.checkpoint_path = self.output / "last.pt"
         if self.checkpoint_path.exists() and not config.resume:
@@ -87,6 +94,8 @@ class Trainer:
             raise ValueError(
                 f"data: expected at least one image, got none in {self.dataset.source}" + (f": {why}" if why else "")
             )
+        config, notes = resolve(config, model.config, len(self.dataset))
+        self.config, self.notes = config, self.notes + notes
         self.data_fingerprint = fingerprint(self.dataset)
         if checkpoint is not None:
             self._check_data(checkpoint["data"])
@@ -96,6 +105,7 @@ class Trainer:
         self.plain_step = TrainStep(self.model, self.optimizer, config.clip_norm, config.dtype == "bfloat16")
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.ema = build_ema(self.model, config.ema_decay, (checkpoint or {}).get("ema"))
         self.graphed_step, self.buckets = None, None
         if config.cuda_graph:
             self.graphed_step = GraphedStep(self.plain_step, CudaCapture(self.device), RunLog.say)
@@ -125,6 +135,11 @@ class Trainer:
             )
         if found:
             self.notes.append(f"the data is not what the run was started on: {found}")
+
+    @property
+    def eval_model(self) -> SparseRCNN:
+        """What is evaluated and kept: the moving average of the model, or without one the model."""
+        return self.model if self.ema is None else self.ema.module
 
     def run(self) -> int | None:
         """Train until the last step, the time limit, SIGTERM or SIGINT; each ends with a checkpoint.
@@ -196,12 +211,15 @@ class Trainer:
         else:
             self.graphed_step(batch)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
         self.reports.add(self.step, image_ids, self.plain_step)
 
     def save(self, keep: bool = False) -> None:
         """Write ``last.pt`` and ``model/``, and with ``keep`` a checkpoint named by the step, which stays."""
         state = {
             "model": self.model.state_dict(),
+            "ema": {} if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best_ap": self.best_ap,
@@ -209,7 +227,7 @@ class Trainer:
             "rng": rng_state(),
             "data": self.data_fingerprint,
             "model_config": self.model.config.to_dict(),
-            "train_config": dataclasses.asdict(self.config),
+            "train_config": dataclasses.asdict(self.given),
         }
         save_checkpoint(self.checkpoint_path, state)
         if keep:
@@ -218,7 +236,7 @@ class Trainer:
 
     def save_model(self) -> None:
         """Write ``model/``, which :meth:`save` does last."""
-        self.model.save_pretrained(self.output / "model")
+        self.eval_model.save_pretrained(self.output / "model")
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
         config, test = self.config, self.model.config
@@ -240,7 +258,7 @@ class Trainer:
 
     def _validate(self, log: RunLog) -> None:
         start = time.monotonic()
-        result = evaluate(self.model, self.val_dataset, dtype=self.config.dtype, progress=True)
+        result = evaluate(self.eval_model, self.val_dataset, dtype=self.config.dtype, progress=True)
         log.record(
             {
                 "kind": "val",
@@ -260,7 +278,7 @@ class Trainer:
             log.say(f"validation: {line}")
         if best:
             self.best_ap = result.metrics["AP"]
-            self.model.save_pretrained(self.output / "best")
+            self.eval_model.save_pretrained(self.output / "best")
 
     def _skipped(self, report: Report, log: RunLog) -> None:
         """Say that a step was not finite, and end the run if there were too many."""

@@ -17,6 +17,7 @@ from sparse_rcnn.weights.atomic import remove_leftovers
 def state(step: int) -> dict:
     return {
         "model": {"weight": torch.arange(4.0)},
+        "ema": {},
         "optimizer": {},
         "step": step,
         "best_ap": 0.5,

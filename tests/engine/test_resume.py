@@ -21,7 +21,7 @@ from tests.engine.conftest import TINY
 from tests.engine.test_trainer import assert_same, in_steps, timeless
 
 # A checkpoint has the state of everything; what differs between the runs compared is the configuration's steps.
-STATE = ("model", "optimizer", "skipped", "step", "rng", "best_ap", "data", "model_config")
+STATE = ("model", "ema", "optimizer", "skipped", "step", "rng", "best_ap", "data", "model_config")
 BATCH = 2  # of the six images, so that an epoch is three steps
 
 
@@ -68,13 +68,16 @@ def assert_same_models(first, second) -> None:
 def test_twenty_epochs_are_seven_and_thirteen(quick_config, scenes, tmp_path, workers):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     seen, seen_in_parts = [], []
-    run(quick_config(output=whole, steps=20 * 3, decay_steps=(45,)), seen)
-    run(quick_config(output=parts, steps=7 * 3, decay_steps=(45,), workers=workers), seen_in_parts)
+    options = {"decay_steps": (45,), "ema_decay": 0.9}
+    run(quick_config(output=whole, steps=20 * 3, **options), seen)
+    run(quick_config(output=parts, steps=7 * 3, workers=workers, **options), seen_in_parts)
     assert load_checkpoint(f"{parts}/last.pt")["step"] == 21
-    run(quick_config(output=parts, steps=20 * 3, decay_steps=(45,), workers=workers, resume=True), seen_in_parts)
+    run(quick_config(output=parts, steps=20 * 3, workers=workers, resume=True, **options), seen_in_parts)
     assert [step for step, _, _ in seen] == list(range(60)) and len({ids for ids in map(str, seen)}) == 60
     assert seen == seen_in_parts
     assert_same_runs(whole, parts)
+    assert_same_models(f"{whole}/model", f"{parts}/model")
+    assert len(load_checkpoint(f"{whole}/last.pt")["ema"]) == len(load_checkpoint(f"{whole}/last.pt")["model"])
 
 
 def test_stops_in_the_middle_of_epochs_and_between_evaluations(quick_config, scenes, tmp_path):
