@@ -108,12 +108,13 @@ class PeerTrainer:
     Args:
         data, val: data sets as ``sparse_rcnn.train`` takes them.
         output: folder.
-        settings: ``images``, ``batch_size``, ``lr``, ``optimizer``, ``channels``, ``augment``, ``min_size``,
-            ``max_size``, ``train_min_sizes``, ``train_max_size``, ``seed``; of a run that continues, those of its
-            checkpoint are taken.
+        settings: ``images``, ``batch_size``, ``lr``, ``optimizer``, ``channels``, ``augment``, ``group_shapes``,
+            ``min_size``, ``max_size``, ``train_min_sizes``, ``train_max_size``, ``seed``; of a run that continues,
+            those of its checkpoint are taken.
+        cache_mb: as of ``sparse_rcnn.train``.
     """
 
-    def __init__(self, data: str, val: str, output: str | Path, settings: dict[str, Any]) -> None:
+    def __init__(self, data: str, val: str, output: str | Path, settings: dict[str, Any], cache_mb: int = 0) -> None:
         self.output = Path(output)
         checkpoint = None
         if (self.output / _LAST).exists():
@@ -121,7 +122,7 @@ class PeerTrainer:
             settings = checkpoint["settings"]
         self.settings, self.step, self.best_ap = settings, 0, -1.0
         torch.manual_seed(settings["seed"])
-        self.dataset = open_dataset(data, "train")
+        self.dataset = open_dataset(data, "train", cache_mb=cache_mb)
         self.val: DetectionDataset = open_dataset(val, "valid", self.dataset.class_names)
         self.model = build_peer(settings, self.dataset.class_names)
         if checkpoint is None:
@@ -182,7 +183,10 @@ class PeerTrainer:
         settings = self.settings
         kind = {"paper": TrainTransform, "small": SmallDataTransform}[settings["augment"]]
         transform = kind(settings["train_min_sizes"], settings["train_max_size"], flip=0.5)
-        batches = train_batches(self.dataset, transform, settings["batch_size"], settings["seed"], self.step)
+        batches = train_batches(
+            *(self.dataset, transform, settings["batch_size"], settings["seed"], self.step),
+            group_shapes=settings["group_shapes"],
+        )
         while True:
             with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts
                 batch = next(batches)

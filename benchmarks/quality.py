@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     peer.add_argument("--augment", choices=("paper", "small"), default="paper", help="as of sparse_rcnn.train")
     peer.add_argument("--min-sizes", type=int, nargs="+", default=_TRAIN_MIN_SIZES, help="as of sparse_rcnn.train")
     peer.add_argument("--max-size", type=int, default=_MAX_SIZE, help="as of sparse_rcnn.train")
+    peer.add_argument("--group-shapes", action="store_true", help="as of sparse_rcnn.train")
+    peer.add_argument("--cache-mb", type=int, default=0, help="as of sparse_rcnn.train")
     peer.add_argument("--seed", type=int, default=0)
     peer.add_argument("--time-limit", type=float, help="minutes after which to stop with a checkpoint")
     peer.add_argument("--eval-every", type=int, default=500, help="steps")
@@ -56,9 +58,14 @@ def train_peer(options: argparse.Namespace) -> int:
     """Train until all images were seen or the time is over."""
     torch.set_num_threads(2)
     settings = {name: getattr(options, name) for name in ("images", "batch_size", "lr", "optimizer", "channels")}
-    settings |= {"augment": options.augment, "seed": options.seed, "min_size": _MIN_SIZE, "max_size": _MAX_SIZE}
-    settings |= {"train_min_sizes": options.min_sizes, "train_max_size": options.max_size}
-    trainer = PeerTrainer(options.data, options.val, options.output, settings)
+    settings |= {name: getattr(options, name) for name in ("augment", "group_shapes", "seed")}
+    settings |= {
+        "min_size": _MIN_SIZE,
+        "max_size": _MAX_SIZE,
+        "train_min_sizes": options.min_sizes,
+        "train_max_size": options.max_size,
+    }
+    trainer = PeerTrainer(options.data, options.val, options.output, settings, options.cache_mb)
     done = trainer.run(options.time_limit, options.eval_every, options.checkpoint_every, options.log_every)
     return 0 if done else 3
 
