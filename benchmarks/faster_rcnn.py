@@ -38,7 +38,7 @@ from sparse_rcnn.weights.atomic import atomic_write
 _ANCHORS = tuple((size,) for size in (16, 32, 64, 128, 256))
 _SCORE_THRESHOLD = 0.01  # torchvision's 0.05 hides detections that AP counts
 _WARMUP_STEPS, _WARMUP_FACTOR, _MOMENTUM, _CLIP_NORM = 500, 0.01, 0.9, 10.0
-_LAST, _BEST, _LOG = "peer.pt", "peer_best.pt", "metrics.jsonl"
+_LAST, _BEST = "peer.pt", "peer_best.pt"
 
 
 class FasterRCNNPeer(nn.Module):
@@ -142,7 +142,7 @@ class PeerTrainer:
         stop: list[int] = []
         previous = {n: signal.signal(n, lambda number, _: stop.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with RunLog(self.output / _LOG, self.step, self.steps) as log:
+            with RunLog(self.output, self.step, self.steps) as log:
                 meter = Meter()
                 for images, targets in islice(self._batches(), self.steps - self.step):
                     losses, norm = self.train_step(images, targets)
@@ -232,6 +232,11 @@ def load_peer(output: str | Path, class_names: Sequence[str]) -> FasterRCNNPeer:
     peer = build_peer(saved["settings"], class_names)
     peer.load_state_dict(saved["model"])
     return peer
+
+
+def peer_batch_size(output: str | Path) -> int:
+    """Images a step of a run of :class:`PeerTrainer`."""
+    return torch.load(Path(output) / _BEST, map_location="cpu", weights_only=True, mmap=True)["settings"]["batch_size"]
 
 
 def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:

@@ -44,7 +44,7 @@ class Trainer:
     """Builds a run from its configuration, and runs it.
 
     In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights for ``from_pretrained``), ``best/``
-    (the weights of the best validation AP) and ``log.jsonl``.
+    (the weights of the best validation AP) and ``metrics.jsonl``.
 
     Raises:
         ValueError: a value of the configuration, the data set or the checkpoint cannot be used.
@@ -117,7 +117,7 @@ class Trainer:
             OSError: a checkpoint cannot be written; the one before it is complete.
         """
         config = self.config
-        with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
+        with RunLog(self.output, self.step, config.steps) as log, _Stop(config.time_limit) as stop:
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             meter = Meter()
