@@ -142,7 +142,7 @@ def thin(points: Points, limit: int = _MANY_POINTS) -> list[tuple[float, float]]
     return [tuple(group.mean(0).tolist()) for group in groups]
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
     """Round values from ``low`` to ``high``, about ``count`` of them."""
     if not high > low:
         return [low]

@@ -105,6 +105,7 @@ def test_the_table_is_of_both_runs(whole, scenes, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(quality, "_TIMED_IMAGES", 1)
     monkeypatch.setattr(quality, "_WARM_UP", 1)
     monkeypatch.setattr(train, "try_report", lambda *arguments: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # for good, which other tests would see
     arguments = ["--data", scenes, "--val", scenes, "--output", str(tmp_path / "ours"), "--backbone", "resnet18"]
     arguments += ["--backbone-weights", "none", "--steps", "1", "--batch-size", "3", "--device", "cpu", "--set"]
     arguments += ["num_stages=2", "num_proposals=10", "hidden_dim=32", "num_heads=4", "min_size=64", "max_size=96"]
