@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from html import escape
@@ -14,23 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sparse_rcnn import doctor
 from sparse_rcnn.data.dataset import DetectionDataset
+from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.drawing import annotation_panel, stage_panels
 from sparse_rcnn.engine.charts import STYLE, bar_chart, box_canvas, line_chart
 from sparse_rcnn.engine.checkpoint import load_checkpoint
 from sparse_rcnn.engine.logging import METRICS_FILE, loss_kinds, read_records
 from sparse_rcnn.engine.stages import StageResult, evaluate_stages
+from sparse_rcnn.engine.views import detect, usual_view
 from sparse_rcnn.models import SparseRCNN
 from sparse_rcnn.runtime import Predictor, pick_device
 from sparse_rcnn.weights.atomic import atomic_write
 
 REPORT_FILE = "report.html"
 _PICTURES = 4  # validation images that are drawn
-_STAGE_IMAGES = 100  # validation images that every stage is scored on
+_STAGE_SECONDS, _STAGE_IMAGES_AT_LEAST = 60.0, 10  # how long to score every stage on validation images
 _SHOWN_SCORE, _SHOWN_AT_LEAST, _SHOWN_AT_MOST = 0.3, 3, 30  # which detections are drawn
 _SHOWN_CLASSES = 100
 _LOSS_NAMES = {"ce": "class loss", "bbox": "L1 box loss", "giou": "GIoU loss"}
@@ -218,14 +222,18 @@ def _pictures(run: _Run) -> str:
     predictor = Predictor(run.model, pick_device(run.device), optimize=False)
     rows = []
     for index in _spread([i for i in range(len(run.val)) if len(run.val.targets(i)[0])], _PICTURES):
-        image = run.val[index][0]
+        name = escape(run.val.images[index]["file_name"])
+        try:
+            image = run.val[index][0]
+        except ImageError as error:
+            rows.append(f'<h3>{name}</h3>\n<p class="note">{escape(str(error))}</p>')
+            continue
         found = predictor.predict(image, return_stages=True)
         good = int((found.scores >= _SHOWN_SCORE).sum())
         found = found.filter(top_k=min(max(good, _SHOWN_AT_LEAST), _SHOWN_AT_MOST))
         pixels = image.permute(1, 2, 0).numpy()
         annotated = annotation_panel(pixels, *run.val.targets(index), run.val.class_names)
         panels = [("annotated", annotated), *stage_panels(pixels, found)]
-        name = escape(run.val.images[index]["file_name"])
         figures = "".join(
             f'<figure><img src="{_data_uri(panel)}" alt="{name}, {caption}"><figcaption>{caption}</figcaption></figure>'
             for caption, panel in panels
@@ -241,7 +249,7 @@ def _pictures(run: _Run) -> str:
 def _stages(run: _Run) -> str:
     if run.model_folder is None or run.val is None:
         return ""
-    kept = set(_spread(range(len(run.val)), _STAGE_IMAGES))
+    kept = set(_spread(range(len(run.val)), _affordable_images(run.model)))
     part = run.val.without(index for index in range(len(run.val)) if index not in kept)
     results = evaluate_stages(run.model, part)
     text = (
@@ -258,6 +266,14 @@ def _stages(run: _Run) -> str:
         line_chart("Duplicates removed, % of the best detections", duplicates, x_label="stages", x_start=None),
     ]
     return f"<p>{text}</p>\n{_grid(charts)}\n{_stage_table(results)}"
+
+
+def _affordable_images(model: SparseRCNN) -> int:
+    """How many images every stage can be scored on in the time for it."""
+    blank = torch.zeros(3, model.config.min_size, model.config.max_size, dtype=torch.uint8)
+    start = time.monotonic()
+    detect(model, [blank], usual_view(model), every_stage=True)
+    return max(_STAGE_IMAGES_AT_LEAST, int(_STAGE_SECONDS / (time.monotonic() - start)))
 
 
 def _stage_table(results: Sequence[StageResult]) -> str:

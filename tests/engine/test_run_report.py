@@ -21,6 +21,7 @@ from sparse_rcnn.engine.run_report import _duration, _seconds, _spread, write_re
 from sparse_rcnn.engine.stages import evaluate_stages
 from sparse_rcnn.engine.trainer import Trainer
 from sparse_rcnn.models import SparseRCNN
+from sparse_rcnn.runtime import default_weights
 
 
 class Page(HTMLParser):
@@ -158,6 +159,25 @@ def test_a_part_that_cannot_be_made_leaves_the_others(copied, tmp_path):
     ]
     assert text["Summary"][0].startswith("Could not be made: ")
     assert {"AP50", "class loss"} <= {*text["Accuracy"], *text["Losses"]}
+
+
+def test_an_image_that_cannot_be_read_is_named_among_the_others(copied, scenes, tmp_path):
+    data = shutil.copytree(scenes, tmp_path / "scenes")
+    names = [image["file_name"] for image in open_dataset(data, "valid").images]
+    (data / "valid" / names[0]).write_bytes(b"no image")
+    path, problems = write_report(copied, val=str(data), device="cpu")
+    page = Page(path)
+    assert problems == [] and f"{names[0]}: " in " ".join(page.sections["Stage by stage"])
+    assert {caption.partition(",")[0] for caption in page.attributes("img", "alt")} == set(names[1:])
+
+
+def test_scoring_of_the_stages_is_bounded_in_time(monkeypatch):
+    model = SparseRCNN.from_pretrained(default_weights()).eval()
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(run_report.time, "monotonic", lambda: next(clock))
+    assert run_report._affordable_images(model) == 24
+    clock = iter([10.0, 100.0])
+    assert run_report._affordable_images(model) == 10
 
 
 def test_a_run_without_validation_or_checkpoint_has_curves(tmp_path):
