@@ -46,7 +46,7 @@ class Trainer:
     """Builds a run from its configuration, and runs it.
 
     In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights, or their moving average where there
-    is one, for ``from_pretrained``), ``best/`` (those of the best validation AP) and ``log.jsonl``.
+    is one, for ``from_pretrained``), ``best/`` (those of the best validation AP) and ``metrics.jsonl``.
 
     Attributes:
         given: the configuration as it was given, which the checkpoint keeps and a resumed run resolves again.
@@ -131,7 +131,7 @@ class Trainer:
             OSError: a checkpoint cannot be written; the one before it is complete.
         """
         config = self.config
-        with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
+        with RunLog(self.output, self.step, config.steps) as log, _Stop(config.time_limit) as stop:
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             meter = Meter()
