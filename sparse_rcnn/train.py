@@ -11,6 +11,8 @@ from typing import Any
 from sparse_rcnn.engine.arguments import read_arguments
 from sparse_rcnn.engine.checkpoint import load_checkpoint
 from sparse_rcnn.engine.config import TrainConfig
+from sparse_rcnn.engine.logging import RunLog
+from sparse_rcnn.engine.run_report import try_report
 from sparse_rcnn.engine.trainer import Trainer
 
 # What a run is made of; on --resume it comes from the checkpoint and must not be given differently.
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:  # the second one; the first lets the step end and saves
         return _fail("interrupted before the step was done; the last checkpoint is as it was", 130)
+    if trainer.step == trainer.config.steps and stopped_by is None:
+        try_report(trainer.output, trainer.config.device, RunLog.say)
     return 130 if stopped_by == signal.SIGINT else 0
 
 

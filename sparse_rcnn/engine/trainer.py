@@ -51,7 +51,7 @@ class Trainer:
 
     In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights, or their moving average where there
     is one, for ``from_pretrained``), ``best/`` (those of the best validation AP), ``step_00005000.pt`` (checkpoints
-    that are kept) and ``log.jsonl``.
+    that are kept) and ``metrics.jsonl``.
 
     Attributes:
         given: the configuration as it was given, which the checkpoint keeps and a resumed run resolves again.
@@ -153,7 +153,7 @@ class Trainer:
             OSError: a checkpoint cannot be written; the one before it is complete.
         """
         config = self.config
-        with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
+        with RunLog(self.output, self.step, config.steps) as log, _Stop(config.time_limit) as stop:
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             if config.resume:  # a kill may have come after last.pt and before this

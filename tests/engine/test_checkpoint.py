@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import zipfile
@@ -12,6 +11,7 @@ from torch import nn
 
 from sparse_rcnn.engine.checkpoint import load_checkpoint, load_finetune_weights, rng_state, save_checkpoint
 from sparse_rcnn.weights.atomic import remove_leftovers
+from tests.full_disk import files_of_at_most
 
 
 def state(step: int) -> dict:
@@ -131,18 +131,6 @@ def test_pickled_code_does_not_run(tmp_path):
     assert not marker.exists()
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """Let no file grow beyond ``size`` bytes: what a full disk is to a writer."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the signal that comes with it
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("size", [0, 1000, 100_000])
 def test_a_file_that_cannot_grow_leaves_the_old_one(tmp_path, size):
     path = tmp_path / "last.pt"
@@ -169,7 +157,7 @@ def test_an_error_that_is_not_of_the_disk_stays_what_it_is(tmp_path):
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
-    for name in (".last.tmp.pt", ".model.tmp.safetensors", ".log.jsonl.tmp", ".hidden", "a.tmp", "last.pt"):
+    for name in (".last.tmp.pt", ".model.tmp.safetensors", ".other.tmp", ".hidden", "a.tmp", "last.pt"):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     remove_leftovers(tmp_path / "absent")

@@ -17,7 +17,7 @@ from sparse_rcnn.engine.trainer import Trainer, TrainingError
 
 
 def log_of(run) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def timeless(run) -> list[dict]:
@@ -221,7 +221,7 @@ def test_too_many_bad_steps_found_later_are_named_and_nothing_is_written(
         f"step 6, image ids {ids[5]}: loss_giou_0 is nan; {counts}; there is no checkpoint yet. "
     )
     assert len(ids) == (10 if boundary == "end" else 8), "the host looked later than the step"
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data_report.txt", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data_report.txt", "metrics.jsonl"]
     assert {record["kind"] for record in log_of(tmp_path / "run")} == {"skipped"}
 
 
