@@ -24,8 +24,8 @@ _LOSS_KINDS = ("ce", "bbox", "giou")
 class RunLog:
     """Progress bar, ``metrics.jsonl`` and TensorBoard files of one training run; a context manager.
 
-    A line of ``metrics.jsonl`` is a JSON object with ``kind`` (``train``, ``val`` or ``skipped``) and ``step``; a number
-    that is not finite, which JSON has no word for, is null there.
+    A line of ``metrics.jsonl`` is a JSON object with ``kind`` (``train``, ``val``, ``skipped``) and ``step``; a
+    number that is not finite, which JSON has no word for, is null there.
 
     Args:
         folder: of the run. Records are appended; those of later steps than ``step`` are dropped first (they belong to
