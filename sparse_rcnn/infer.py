@@ -292,7 +292,7 @@ class _Run:
         totals: dict[str, float] | None = self._totals()
         if self.shards:
             try:
-                totals = self._merge(totals)
+                totals = self._merge(totals, interrupted)
             except (RankDied, OSError) as error:
                 _discard(self.files)
                 self._fail(error)
@@ -347,9 +347,9 @@ class _Run:
         rates = {f"{name}_rate": rate for name, rate in self.predictor.throughput()._asdict().items()}
         return dataclasses.asdict(self.predictor.timings) | rates | counts
 
-    def _merge(self, totals: dict[str, float]) -> dict[str, float] | None:
-        """The totals of all processes, in the first one, which has made files of all their parts; None in the others."""
-        gathered = self.shards.gather([writer.path for writer in self.writers], totals)
+    def _merge(self, totals: dict[str, float], interrupted: bool) -> dict[str, float] | None:
+        """The totals of all processes, in the first one, which has made files of their parts; None in the others."""
+        gathered = self.shards.gather([writer.path for writer in self.writers], totals, interrupted)
         if gathered is None:
             return None
         parts, totals = gathered
@@ -372,7 +372,7 @@ class _Run:
 
     def _say(self, line: str) -> None:
         try:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(line + "\n", file=sys.stdout, end="")  # in one piece, for others may write there too
             sys.stdout.flush()
         except BrokenPipeError:  # the reader (head, less) has gone; the files are still wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -427,11 +427,11 @@ def _complain(error: object) -> None:
     if isinstance(error, OSError) and error.filename and error.strerror:
         error = f"{os.fsdecode(error.filename)}: {error.strerror}"
     message = " ".join(str(error).split())  # one line, whatever a library put into it
-    tqdm.write(f"{COMMAND}: error: {message}", file=sys.stderr)
+    tqdm.write(f"{COMMAND}: error: {message}\n", file=sys.stderr, end="")
 
 
 def _note(message: str) -> None:
-    tqdm.write(f"{COMMAND}: note: {message}", file=sys.stderr)
+    tqdm.write(f"{COMMAND}: note: {message}\n", file=sys.stderr, end="")
 
 
 if __name__ == "__main__":

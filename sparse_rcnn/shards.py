@@ -80,7 +80,9 @@ class Shards:
         self._set("shared", value)
         return value
 
-    def gather(self, parts: Sequence[str], figures: dict[str, float]) -> tuple[list[str], dict[str, float]] | None:
+    def gather(
+        self, parts: Sequence[str], figures: dict[str, float], interrupted: bool = False
+    ) -> tuple[list[str], dict[str, float]] | None:
         """Tell that this process has done its work; in the first one wait for all the others.
 
         Those that tell nothing are waited for until this process is interrupted, as it is when one died; and then for
@@ -89,6 +91,7 @@ class Shards:
         Args:
             parts: the file of its results, if there is one.
             figures: to be added to those of the others.
+            interrupted: whether this process was, before.
 
         Returns:
             in the first process the files of all, in the order of their ranks, and the sums; None in the others.
@@ -99,7 +102,7 @@ class Shards:
         self._set(f"done/{self.rank}", (list(parts), figures))
         if self.rank > 0:
             return None
-        missing, until = list(range(self.count)), None
+        missing, until = list(range(self.count)), time.monotonic() + GRACE if interrupted else None
         while missing and (until is None or time.monotonic() < until):
             try:
                 missing = [rank for rank in missing if not self.store.check([f"done/{rank}"])]

@@ -1,0 +1,120 @@
+"""Reading ahead: the order, the bound, and workers that die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparse_rcnn.data import read_ahead
+from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.data.read_ahead import SLOT_BYTES, read_file, read_images
+
+
+class Deadly(os.PathLike):
+    """A path that kills the worker that opens it, as a file does that a decoder crashes on."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __fspath__(self):
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.path
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Twelve small pictures, by relative paths; the fourth is none, and the sixth is larger than a slot."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    names = [f"{number}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        Image.fromarray(rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)).save(name)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    side = int((SLOT_BYTES / 3) ** 0.5) + 2
+    Image.fromarray(np.arange(side * side * 3, dtype=np.uint32).astype(np.uint8).reshape(side, side, 3)).save("5.bmp")
+    names[5] = "5.bmp"
+    return names
+
+
+def check(found, source, expected=None):
+    assert found.source is source and found.seconds > 0
+    if isinstance(source, str) and source == "3.png":
+        assert found.pixels is None and "3.png: not an image" in str(found.error)
+    else:
+        assert found.error is None and found.pixels.flags.writeable and found.pixels.flags.c_contiguous
+        np.testing.assert_array_equal(found.pixels, read_file(source) if expected is None else expected)
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 1), (2, 5)])
+def test_all_are_read_in_order(files, workers, ahead):
+    array = np.full((3, 4, 3), 7, np.uint8)  # pixels need no worker
+    sources = [*files[:2], array, *files[2:]]
+    results = list(read_images(iter(sources), lambda s: read_file(s) if isinstance(s, str) else s, workers, ahead))
+    assert len(results) == len(sources)
+    for found, source in zip(results, sources, strict=True):
+        check(found, source, array if source is array else None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_more_than_so_many_are_ahead(files, workers):
+    pulled = 0
+
+    def sources():
+        nonlocal pulled
+        for name in files * 2:
+            pulled += 1
+            yield name
+
+    for taken, found in enumerate(read_images(sources(), read_file, workers, ahead=4)):
+        check(found, files[taken % 12])
+        assert pulled <= taken + (4 if workers else 1)
+    assert pulled == 24
+
+
+def test_a_killed_worker_is_replaced_and_nothing_lost(files):
+    results = []
+    for found in read_images(files * 3, read_file, workers=2, ahead=6):
+        results.append(found)
+        if len(results) in (4, 20):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+    assert len(results) == 36
+    for found, source in zip(results, files * 3, strict=True):
+        check(found, source)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_file_that_kills_its_worker_fails_alone(files):
+    sources = [*files[:3], Deadly("2.png"), *files[4:7]]
+    results = list(read_images(sources, read_file, workers=1, ahead=4))
+    assert isinstance(results[3].error, ImageError)
+    assert str(results[3].error) == "2.png: the process that decoded it died (signal 9)"
+    for found, source in zip(results, sources, strict=True):
+        if source is not sources[3]:
+            check(found, source)
+
+
+def test_workers_that_cannot_begin(files, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_serve", os._exit)  # which takes other arguments
+    with pytest.raises(RuntimeError, match=r"workers: a process that reads images cannot begin \(exit status 1\)"):
+        next(read_images(files, read_file, workers=1))
+
+
+def test_the_limit_of_pixels_is_that_of_this_process(files, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (found,) = read_images(["0.png"], read_file, workers=1)
+    assert "exceeds limit of 200 pixels" in str(found.error)  # Pillow refuses twice as many
+
+
+def test_workers_end_with_the_reader(files):
+    reader = read_images(files, read_file, workers=2, ahead=4)
+    next(reader)
+    assert len(multiprocessing.active_children()) == 2
+    reader.close()
+    assert multiprocessing.active_children() == []
