@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from sparse_rcnn.data.read_ahead import CAN_HAVE_WORKERS
 from sparse_rcnn.detections import Detections
 from sparse_rcnn.results import PICTURE_FORMATS, CocoWriter, CsvWriter, JsonlWriter, write_picture
 from sparse_rcnn.shards import PartWriter, RankDied, Shards, merge
@@ -404,6 +405,8 @@ def _default_workers(device: str) -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not CAN_HAVE_WORKERS:
+        return 0
     return max(1, min(16, cores if pick_device(device).type == "cuda" else cores // 4))
 
 

@@ -25,7 +25,7 @@ from sparse_rcnn.inference.pipeline import Pipeline
 from sparse_rcnn.models import SparseRCNN
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Files that a worker must have to read to be worth its start, which takes as long as reading some dozens.
+# Files that a worker must have to read to be worth its start, which takes as long as reading some large photographs.
 FILES_PER_WORKER = 16
 OnError = Callable[[Any, ImageError], None]
 
@@ -92,8 +92,7 @@ class Predictor:
         batch_size: images a forward pass. Only images that are padded alike share one, for the network sees the
             padding: detections are those of each image alone.
         workers: processes that read the files and URLs of a stream or list ahead, where there are enough of them; 0
-            reads in this process. They begin with an import of ``__main__``: a script that wants them needs
-            ``if __name__ == "__main__":``.
+            reads in this process.
         score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
         nms: IoU of a class-wise suppression, see :meth:`Detections.nms`; None, the paper's way, is none.
         optimize: run what ``SparseRCNN.optimize`` makes of the model, made again when its weights change; False runs

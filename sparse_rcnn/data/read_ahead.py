@@ -2,21 +2,25 @@
 
 A DataLoader's workers do the same, but one that dies takes all of them along, and every tensor needs new shared memory
 of a place that is often small. Here a worker is replaced, what it still had to do is done by its successor, and pixels
-go through shared memory that was there from the start.
+go through shared memory that was there from the start. A worker is a program of its own: neither a copy of this
+process, which has threads and may use a GPU, nor one that imports its ``__main__``. It loads no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
-import multiprocessing
+import mmap
 import os
-import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,11 @@ from PIL import Image
 from sparse_rcnn.data.decode import ImageError, decode_image
 from sparse_rcnn.sources import fetch_url, is_url
 
-# Shared memory for one image: 1.4 million pixels. Larger ones go through a pipe: slower, but so is their decoding.
-SLOT_BYTES = 4 * 2**20
+# Shared memory for one image, of which it takes what it needs: 1920x1080 fits. Larger ones go through a pipe, which is
+# slower, but so is their decoding.
+SLOT_BYTES = 8 * 2**20
+CAN_HAVE_WORKERS = os.name == "posix"
+_HAS_MEMFD = hasattr(os, "memfd_create")
 _END = object()
 
 
@@ -69,12 +76,11 @@ def read_images(
     Args:
         sources: any iterable; with workers it is asked for at most ``ahead`` sources before the first is taken.
         read: reads what is no path and no URL, in this process; without workers all of them.
-        workers: processes that read paths and URLs. They begin with an import of ``__main__``: a script that asks for
-            them needs ``if __name__ == "__main__":``.
+        workers: processes that read paths and URLs.
         ahead: images at most that are being read or wait to be taken.
 
     Raises:
-        RuntimeError: no worker can be started.
+        RuntimeError: no worker can be started, as on a system that is not POSIX.
         Exception: of ``read``, unless it is an ImageError, which is handed on in its ``Read``.
     """
     iterator, waiting = iter(sources), deque()
@@ -129,14 +135,15 @@ class _Worker:
     """
 
     def __init__(self, depth: int) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        # Never forked from this process, which has threads and may use a GPU.
-        self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        self.slots = self.context.RawArray(ctypes.c_uint8, depth * SLOT_BYTES)
-        self.pixels = np.frombuffer(self.slots, dtype=np.uint8).reshape(depth, SLOT_BYTES)
+        if not CAN_HAVE_WORKERS:
+            raise RuntimeError("workers: expected 0 on this system")
+        # A nameless file in memory: not in /dev/shm, which may be small.
+        self.memory = os.fdopen(os.memfd_create("images"), "r+b") if _HAS_MEMFD else tempfile.TemporaryFile()  # noqa: SIM115
+        self.memory.truncate(depth * SLOT_BYTES)
+        self.pixels = _slots(self.memory.fileno())
         self.tasks: deque[_Task] = deque()
         self.free = deque(range(depth))
-        self.process: Any = None
+        self.process: subprocess.Popen | None = None
         self.stillborn = 0  # processes in a row that died before they had begun
 
     def give(self, source: str | os.PathLike[str]) -> None:
@@ -145,7 +152,7 @@ class _Worker:
         if self.process is None:
             self._start()
         else:
-            self._send(self.tasks[-1])
+            self._send((source, self.tasks[-1].slot))
 
     def take(self) -> tuple[np.ndarray | ImageError, float]:
         """What became of the first task, and how many seconds it took; waits for it.
@@ -157,10 +164,7 @@ class _Worker:
         while (answer := self._receive()) is None:
             ended = self.stop()
             if self.stillborn == 3:
-                raise RuntimeError(
-                    f"workers: a process that reads images cannot begin ({ended}); a script that uses them needs "
-                    'if __name__ == "__main__":'
-                )
+                raise RuntimeError(f"workers: a process that reads images cannot begin ({ended})")
             task.deaths += self.stillborn == 0
             if task.deaths == 2:
                 answer = ImageError(f"{os.fspath(task.source)}: the process that decoded it died ({ended})"), 0.0
@@ -180,23 +184,31 @@ class _Worker:
             return "never begun"
         self.connection.close()
         self.process.terminate()
-        self.process.join()
-        code, self.process = self.process.exitcode, None
+        code, self.process = self.process.wait(), None
         return f"signal {-code}" if code < 0 else f"exit status {code}"
 
     def _start(self) -> None:
-        self.connection, theirs = self.context.Pipe()
-        arguments = (theirs, self.slots, os.getcwd(), Image.MAX_IMAGE_PIXELS)
-        self.process = self.context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
+        ours, theirs = socket.socketpair()
+        files = (theirs.fileno(), self.memory.fileno())
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sparse_rcnn.data.read_ahead", *map(str, files)],
+                env={**os.environ, "PYTHONPATH": path},
+                pass_fds=files,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C concerns the process that it serves
+            )
+        self.connection = connection.Connection(ours.detach())
         self.stillborn += 1
+        self._send(Image.MAX_IMAGE_PIXELS)
         for task in self.tasks:
-            self._send(task)
+            self._send((task.source, task.slot))
 
-    def _send(self, task: _Task) -> None:
+    def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # it died: found out when the answer is wanted
-            self.connection.send((task.source, task.slot))
+            self.connection.send(message)
 
     def _receive(self) -> tuple[Any, float] | None:
         """The next answer; None from a process that died."""
@@ -209,19 +221,25 @@ class _Worker:
             return None
 
 
-def _serve(connection: Any, slots: Any, folder: str, max_pixels: int | None) -> None:
+def _slots(file: int) -> np.ndarray:
+    """uint8 [slots, SLOT_BYTES] of a file in memory, shared with whoever else maps it."""
+    return np.frombuffer(mmap.mmap(file, 0), dtype=np.uint8).reshape(-1, SLOT_BYTES)
+
+
+def _serve(channel: connection.Connection, slots: np.ndarray) -> None:
     """A worker's life: (source, slot) comes in, (shape of the pixels in the slot, or pixels, or error; seconds) goes
     out, until nobody is there any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C concerns the process that it serves
-    os.chdir(folder)
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    places = np.frombuffer(slots, dtype=np.uint8).reshape(-1, SLOT_BYTES)
     with contextlib.suppress(EOFError, ConnectionError):
-        connection.send("here")
+        Image.MAX_IMAGE_PIXELS = channel.recv()
+        channel.send("here")
         while True:
-            source, slot = connection.recv()
+            source, slot = channel.recv()
             found, seconds = _attempt(read_file, source)
             if isinstance(found, np.ndarray) and found.nbytes <= SLOT_BYTES:
-                places[slot, : found.nbytes] = found.reshape(-1)
+                slots[slot, : found.nbytes] = found.reshape(-1)
                 found = found.shape
-            connection.send((found, seconds))
+            channel.send((found, seconds))
+
+
+if __name__ == "__main__":
+    _serve(connection.Connection(int(sys.argv[1])), _slots(int(sys.argv[2])))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +22,25 @@ class Deadly(os.PathLike):
     """A path that kills the worker that opens it, as a file does that a decoder crashes on."""
 
     def __init__(self, path):
-        self.path = str(path)
+        self.path, self.home = str(path), os.getpid()
 
     def __fspath__(self):
-        if multiprocessing.parent_process() is not None:
+        if os.getpid() != self.home:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.path
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """The processes that were started and have not ended."""
+    started, popen = [], subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(read_ahead.subprocess, "Popen", start)
+    return lambda: [process for process in started if process.poll() is None]
 
 
 @pytest.fixture
@@ -77,17 +93,18 @@ def test_no_more_than_so_many_are_ahead(files, workers):
     assert pulled == 24
 
 
-def test_a_killed_worker_is_replaced_and_nothing_lost(files):
+def test_a_killed_worker_is_replaced_and_nothing_lost(files, workers):
     results = []
     for found in read_images(files * 3, read_file, workers=2, ahead=6):
         results.append(found)
         if len(results) in (4, 20):
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGKILL)
+            assert len(workers()) == 2
+            for process in workers():
+                process.kill()
     assert len(results) == 36
     for found, source in zip(results, files * 3, strict=True):
         check(found, source)
-    assert multiprocessing.active_children() == []
+    assert workers() == []
 
 
 def test_a_file_that_kills_its_worker_fails_alone(files):
@@ -101,7 +118,7 @@ def test_a_file_that_kills_its_worker_fails_alone(files):
 
 
 def test_workers_that_cannot_begin(files, monkeypatch):
-    monkeypatch.setattr(read_ahead, "_serve", os._exit)  # which takes other arguments
+    monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match=r"workers: a process that reads images cannot begin \(exit status 1\)"):
         next(read_images(files, read_file, workers=1))
 
@@ -112,9 +129,34 @@ def test_the_limit_of_pixels_is_that_of_this_process(files, monkeypatch):
     assert "exceeds limit of 200 pixels" in str(found.error)  # Pillow refuses twice as many
 
 
-def test_workers_end_with_the_reader(files):
+def test_workers_end_with_the_reader(files, workers):
     reader = read_images(files, read_file, workers=2, ahead=4)
     next(reader)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(workers()) == 2
     reader.close()
-    assert multiprocessing.active_children() == []
+    assert workers() == []
+
+
+def test_workers_end_when_their_process_is_killed(files):
+    """A script needs no guard for them, either."""
+    script = (
+        "import os, signal\n"
+        "from sparse_rcnn.data import read_ahead\n"
+        "reader = read_ahead._Worker(1)\n"
+        "reader.give('0.png')\n"
+        "print(reader.take()[0].shape, reader.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    shape, _, worker = done.stdout.strip().rpartition(" ")
+    assert (done.returncode, shape, done.stderr) == (-signal.SIGKILL, "(20, 30, 3)", "")
+    while is_alive(worker):
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
