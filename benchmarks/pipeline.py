@@ -117,6 +117,9 @@ def measure(options: argparse.Namespace, files: Sequence[str], target: Path) -> 
     for peer_name in ("forward", "loop"):
         ratios = [ours / theirs for ours, theirs in zip(rates["pipeline"], rates[peer_name], strict=True)]
         report[f"pipeline_to_{peer_name}"] = statistics.median(ratios)
+    # Of the pipeline's own time: not disturbed by a machine that slows down between the ways.
+    seconds = sum(len(files) / rate for rate in rates["pipeline"])
+    report["forward_busy"] = (many.timings.preprocess + many.timings.forward) / seconds
     return report | {"alone": many.throughput()._asdict(), "ms_per_image": many.timings.per_image()}
 
 

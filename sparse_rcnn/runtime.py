@@ -195,8 +195,8 @@ class Predictor:
         """Detections of each of ``sources``, in order, in memory that does not grow with their number.
 
         With a batch size of 1 and no workers an image is asked for when its detections are. Otherwise up to four
-        batches' images are held, to find some that are padded alike, and with workers another two an image of a batch
-        or a worker, whichever are more.
+        batches' images are held, to find some that are padded alike; and workers are ahead of these by two batches'
+        images, or two a worker if that is more.
 
         Args:
             sources: images as :meth:`predict` takes them.
@@ -205,11 +205,11 @@ class Predictor:
             on_error: called with a source that cannot be read and the error, in its turn; the source is then left out.
                 By default the error is raised.
         """
-        workers, waits = self.workers, not isinstance(sources, Sized)
-        if not waits:
+        workers, is_known = self.workers, isinstance(sources, Sized)
+        if is_known:
             workers = min(workers, len(sources) // FILES_PER_WORKER)
         # A GPU has two batches, one to compute and one at hand, unless the next image may depend on the last result.
-        depth = 2 if self.device.type == "cuda" and (workers or not waits) else 1
+        depth = 2 if self.device.type == "cuda" and (workers or is_known) else 1
         self.timings.workers = workers
 
         def tell(loaded: _Loaded) -> None:

@@ -52,4 +52,4 @@ def test_all_ways_are_measured_after_the_gate(tmp_path, monkeypatch, capsys, red
         return
     for name in ("forward", "loop", "pipeline"):
         assert report[f"{name}_images_per_s"]["runs"] == 2 and report[f"{name}_images_per_s"]["median"] > 0
-    assert report["pipeline_to_forward"] > 0 and report["pipeline_to_loop"] > 0
+    assert 0 < report["forward_busy"] < 1 and report["pipeline_to_forward"] > 0 and report["pipeline_to_loop"] > 0
