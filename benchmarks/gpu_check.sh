@@ -99,6 +99,7 @@ main() {
     step "GPU tests" 110 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
     step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
     step benchmarks 180 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
+    step pipeline 45 benchmarks.log "$PYTHON" -m benchmarks.pipeline --device cuda --batch-size 16 --workers 8 --rounds 3
     sanitizers
     step "torch.compile" 120 benchmarks.log "$PYTHON" -m benchmarks --device cuda --dtype bfloat16 --compile --quick \
       --json "$OUT/cuda_compiled.json"
