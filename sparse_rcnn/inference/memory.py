@@ -16,5 +16,6 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library has another way
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # what was free until now may lie where nothing fits
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**30)

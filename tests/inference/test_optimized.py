@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -111,7 +113,7 @@ def test_leaves_the_detector_as_it_is(model):
 
 def test_weights_of_the_right_type_are_shared(model):
     stage = model.optimize()._program.head.stages[1]
-    assert stage.dynamic_layer[0].data_ptr() == model.head.stages[1].inst_interact.dynamic_layer.weight.data_ptr()
+    assert stage.dynamic_layer.weight.data_ptr() == model.head.stages[1].inst_interact.dynamic_layer.weight.data_ptr()
 
 
 @torch.inference_mode()
@@ -231,6 +233,41 @@ def test_changed_weights_are_not_used_in_ignorance(change):
     assert not model.optimize().is_stale()
 
 
+@torch.inference_mode()
+def test_the_detector_is_not_kept():
+    """Its backbone's weights, which are folded into others, go with it."""
+    model, images = make_model(), make_images((40, 60))
+    expected, backbone = model(images), weakref.ref(model.backbone)
+    optimized = model.optimize()
+    del model
+    gc.collect()
+    assert backbone() is None
+    assert not optimized.is_stale()
+    assert_equal_detections(optimized(images), expected)
+    assert_equal_detections(optimized(images, return_stages=True).detections, expected)
+
+
+@torch.inference_mode()
+def test_the_backbone_compiled(model, monkeypatch):
+    """By the compiler's own tracing; what it makes of the graph then is the compiler's business, and takes minutes."""
+    graphs, images = [], make_images((50, 64), (40, 90))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile(module, **options):
+        assert options == {"dynamic": False, "options": {"freezing": True}}
+        return torch._dynamo.optimize(backend, dynamic=False)(module)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    optimized = model.optimize(compile=True)
+    assert optimized.report()["backbone"] == "fused, compiled"
+    assert_equal_detections(optimized(images), model(images))
+    assert len(graphs) == 1
+    assert all(not module.onednn for module in optimized._program.backbone.modules() if hasattr(module, "onednn"))
+
+
 def test_weights_made_in_inference_mode_are_taken():
     with torch.inference_mode():
         model = make_model()
@@ -300,7 +337,7 @@ def test_wrong_options(model, options, message):
 def test_report_is_plain(model):
     assert model.optimize().report() == {
         **{"device": "cpu", "dtype": "float32", "backbone": "fused", "batch_size": 1},
-        **{"buckets": [], "batches_without_bucket": 0},
+        **{"out_layer_rank": None, "fp8": False, "buckets": [], "batches_without_bucket": 0},
     }
 
 
