@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_rcnn.cuda_capture import CudaCapture
 from sparse_rcnn.data.augment import SmallDataTransform
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.health import check_data
@@ -22,7 +23,7 @@ from sparse_rcnn.data.transforms import TrainTransform
 from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from sparse_rcnn.engine.config import TrainConfig
-from sparse_rcnn.engine.cuda_graph import CudaCapture, GraphedStep, ShapeBuckets, refusal
+from sparse_rcnn.engine.cuda_graph import GraphedStep, ShapeBuckets, refusal
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, RunLog
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr

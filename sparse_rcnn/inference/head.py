@@ -163,7 +163,10 @@ class _Stage:
 
     def interact(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor, parameters: Tensor | None) -> Tensor:
         """The interaction of x [B, N, C] with the boxes' RoI features and the FFN: [B, N, C]."""
-        pooled = self._pool(features, boxes, parameters)  # [B, N, P, C]
+        return self.absorb(self.pool(features, boxes, parameters), x)
+
+    def absorb(self, pooled: Tensor, x: Tensor) -> Tensor:
+        """What x [B, N, C] becomes by ``out_layer`` of the pooled [B, N, P, C], and the FFN."""
         found = ops.add_layer_norm(self.out_layer(pooled.flatten(2)), None, *self.out_norm, relu=True)
         if self.config.interaction == "concat":
             merged = linear(torch.cat([found, x], dim=-1), *self.merge)
@@ -172,7 +175,8 @@ class _Stage:
         hidden = linear(x, *self.linear1, relu=True)
         return ops.add_layer_norm(linear(hidden, *self.linear2), x, *self.norm3)
 
-    def _pool(self, features: Sequence[Tensor], boxes: Tensor, parameters: Tensor | None) -> Tensor:
+    def pool(self, features: Sequence[Tensor], boxes: Tensor, parameters: Tensor | None) -> Tensor:
+        """The boxes' RoI features, convolved with the proposals' own parameters where there are any: [B, N, P, C]."""
         config = self.config
         pooling = (self.strides, config.pooler_resolution, config.sampling_ratio, config.level_rule)
         if parameters is None:

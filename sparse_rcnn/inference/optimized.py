@@ -93,7 +93,7 @@ class OptimizedSparseRCNN:
         if compile:
             backbone, self._backbone_note = compiled(backbone), f"{self._backbone_note}, compiled"
         self._program = Program(model, backbone, head, self.device, self.dtype)
-        capture = GraphCapture() if capture is None and self.device.type == "cuda" else capture
+        capture = GraphCapture(self.device) if capture is None and self.device.type == "cuda" else capture
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
         if keep_memory and self.device.type == "cpu":
             keep_freed_memory()  # only now: what was needed to fold is given back
