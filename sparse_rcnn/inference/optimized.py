@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from sparse_rcnn.inference.buckets import Buckets, Capture, GraphCapture
 from sparse_rcnn.inference.fuse import compiled, evaluating, fuse
 from sparse_rcnn.inference.head import InferenceHead
 from sparse_rcnn.inference.linear import check_compression
-from sparse_rcnn.inference.memory import keep_freed_memory
+from sparse_rcnn.inference.memory import give_freed_memory_back, keep_freed_memory
 from sparse_rcnn.inference.onednn import cpu_has
 from sparse_rcnn.inference.program import Found, Program
 from sparse_rcnn.inference.weight_guard import WeightGuard
@@ -95,7 +96,10 @@ class OptimizedSparseRCNN:
         self._program = Program(model, backbone, head, self.device, self.dtype)
         capture = GraphCapture(self.device) if capture is None and self.device.type == "cuda" else capture
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
-        if keep_memory and self.device.type == "cpu":
+        gc.collect()  # tracing leaves circles that hold the backbone
+        self._keeps_memory = keep_memory and self.device.type == "cpu"
+        self._seen: set[tuple[int, int, int]] = set()  # shapes of batches that memory was kept of
+        if self._keeps_memory:
             keep_freed_memory()  # only now: what was needed to fold is given back
         for size in image_sizes:
             self.warm_up(size)
@@ -188,7 +192,9 @@ class OptimizedSparseRCNN:
         if captured is None:
             self._check_weights()
             images = [image.to(self.device, non_blocking=True) for image in images]
-            return _split(self._program(images, torch.tensor(rows).to(self.device), shape), len(images))
+            results = _split(self._program(images, torch.tensor(rows).to(self.device), shape), len(images))
+            self._settle((len(images), *shape))
+            return results
         reduced = [
             resize(image.cpu(), size) if image.numel() > captured.capacity else image
             for image, size in zip(images, sizes, strict=True)
@@ -201,6 +207,13 @@ class OptimizedSparseRCNN:
             if fed is not image:
                 result["boxes"] = _scale(result["boxes"], fed.shape[1:], image.shape[1:])
         return results
+
+    def _settle(self, shape: tuple[int, int, int]) -> None:
+        """After the first batch of a shape, keep no memory of it: the next ones lay their tensors out in what is free
+        by then, and all alike, so that a tenth of the memory would lie idle."""
+        if self._keeps_memory and shape not in self._seen:
+            self._seen.add(shape)
+            give_freed_memory_back()
 
     @torch.inference_mode()
     def _call_uncaptured(self, images: Sequence[Tensor], return_stages: bool) -> list[dict[str, Tensor]] | StageOutputs:

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Uninitialized(TorchFunctionMode):
-    """Inside this context ``torch.nn.init`` and random filling do nothing: no time, and no memory that is touched.
+    """Inside this context tensors are not filled with random values, which takes time and touches their memory.
 
     Every parameter must be loaded before it is read.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 import weakref
 
@@ -240,11 +239,24 @@ def test_the_detector_is_not_kept():
     expected, backbone = model(images), weakref.ref(model.backbone)
     optimized = model.optimize()
     del model
-    gc.collect()
     assert backbone() is None
     assert not optimized.is_stale()
     assert_equal_detections(optimized(images), expected)
     assert_equal_detections(optimized(images, return_stages=True).detections, expected)
+
+
+@torch.inference_mode()
+def test_memory_is_given_back_once_a_shape(model, monkeypatch):
+    given_back = []
+    monkeypatch.setattr("sparse_rcnn.inference.optimized.give_freed_memory_back", lambda: given_back.append(1))
+    optimized, small, large = model.optimize(), make_images((40, 60)), make_images((64, 96))
+    counts = []
+    for images in (small, small, large, small * 2, large, small * 2):
+        optimized(images)
+        counts.append(len(given_back))
+    assert counts == [1, 1, 2, 3, 3, 3]
+    model.optimize(keep_memory=False)(small)
+    assert len(given_back) == 3
 
 
 @torch.inference_mode()
