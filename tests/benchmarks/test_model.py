@@ -139,3 +139,29 @@ def test_compression_reports_errors_and_times():
     assert rows["rank 32"]["kept"] == pytest.approx(1) and 0.2 < rows["rank 8"]["kept"] < 0.9
     assert rows["exact"]["ratio"] == {"layers": 1.0, "head": 1.0}
     assert len(list(table(rows))) == 6
+
+
+@torch.inference_mode()
+def test_workers_answer(tmp_path, monkeypatch):
+    def compile(function, **options):
+        assert options == {"mode": "max-autotune", "dynamic": False}
+        return torch._dynamo.optimize("eager", dynamic=False)(function)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    make_model().save_pretrained(tmp_path / "model")
+    outputs, parts = {}, {}
+    for name in ("reference", model_worker.AUTOCAST, model_worker.COMPILED, "optimized, float32"):
+        worker = model_worker.Worker(name, str(tmp_path / "model"), torch.device("cpu"), (64, 96), [1, 2])
+        assert worker.answer("peak") > 0.1
+        assert worker.answer(f"gate {tmp_path / 'outputs.pt'}") is True
+        outputs[name] = torch.load(tmp_path / "outputs.pt")
+        parts[name] = worker.answer("parts")
+        assert all(worker.answer(part) > 0 for part in parts[name])
+        floors = worker.answer("floors")
+        assert set(floors) <= set(parts[name]) and bool(floors) == name.startswith("optimized")
+    assert parts["reference"] == ["whole", "whole x2", "backbone+FPN", "head"]
+    assert parts[model_worker.COMPILED] == ["whole", "whole x2"]
+    assert {"whole", "whole x2", "backbone+FPN", "head", "stem x1", "selection x1"} <= set(parts["optimized, float32"])
+    rows = gate(outputs)
+    assert rows["optimized, float32"]["passed"] and rows["optimized, float32"]["logits_max"] < 1e-4
+    assert 0 < rows[model_worker.COMPILED]["logits_mean"] < 0.1
