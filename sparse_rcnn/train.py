@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
         raise ValueError("--output: expected a folder for checkpoints, got none")
     if flags.get("resume"):
         saved = dict(load_checkpoint(Path(flags["output"]) / "last.pt")["train_config"])
-        saved["time_limit"] = None  # of one sitting, not of the run
+        saved.update(time_limit=None, accept_changed_data=False)  # of one sitting, not of the run
         changed = [name for name in _FIXED if name in flags and flags[name] != saved.get(name)]
         if changed:
             name = changed[0]
@@ -46,7 +47,8 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 (training failed), 2 (bad arguments or data) or 128 + the signal's number."""
+    """Run the command; returns 0 (SIGTERM and a time limit are asked for), 1 (training failed), 2 (bad arguments or
+    data) or 130 (interrupted by SIGINT, after a checkpoint if once)."""
     flags = read_arguments(arguments)
     try:
         trainer = Trainer(config_from_flags(flags))
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted before the step was done; the last checkpoint is as it was", 130)
     if trainer.step == trainer.config.steps and stopped_by is None:
         try_report(trainer.output, trainer.config.device, RunLog.say)
-    return 0 if stopped_by is None else 128 + stopped_by
+    return 130 if stopped_by == signal.SIGINT else 0
 
 
 def _fail(error: Exception | str, code: int) -> int:

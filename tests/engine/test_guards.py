@@ -16,7 +16,9 @@ TWO_BOXES = [
 
 
 def log_of(config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_images_without_boxes_are_used(write_coco, tiny_config, monkeypatch):
