@@ -4,8 +4,8 @@
 #   [OUT=folder] [PYTHON=python3] [BENCHMARK_COMMIT=...] benchmarks/gpu_check.sh
 #
 # Needs what is installed and nothing from a network: torch, nvcc, ninja, setuptools, pytest. Ends within nine minutes:
-# a step that takes longer than its share is stopped, the others go on. Leaves at most eight files in $OUT and a line a
-# step in summary.txt; the exit status is 1 when a step failed. BENCHMARK_COMMIT names the commit of a copied tree.
+# a step that takes longer than its share is stopped, the others go on, the less important ones with what time is left.
+# Leaves at most a dozen files in $OUT and a line a step in summary.txt; the exit status is 1 when a step failed. BENCHMARK_COMMIT names the commit of a copied tree.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
@@ -17,7 +17,9 @@ TOTAL=${TOTAL:-530} # seconds
 SECONDS=0
 FAILED=()
 export PYTHON OUT PYTHONUNBUFFERED=1
-rm -f "$OUT"/{build,tests,sanitizer,benchmarks}.log "$OUT"/{doctor,cuda,cuda_compiled}.json "$SUMMARY"
+rm -f "$OUT"/{build,tests,sanitizer,benchmarks}.log "$OUT"/{doctor,cuda,cuda_compiled,model_cuda,model_cuda_compiled,compression}.json \
+  "$OUT/model_cuda.svg" "$SUMMARY"
+PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer, where only nvcc is on the PATH
 
 say() { echo "$*" | tee -a "$SUMMARY"; }
 
@@ -96,13 +98,19 @@ main() {
     tee -a "$SUMMARY"
   if step build 150 build.log build; then
     step doctor 40 tests.log doctor
-    step "GPU tests" 110 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
-    step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
-    step benchmarks 180 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
-    step pipeline 45 benchmarks.log "$PYTHON" -m benchmarks.pipeline --device cuda --batch-size 16 --workers 8 --rounds 3
+    step "GPU tests" 100 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
+    step "whole image" 130 benchmarks.log "$PYTHON" -m benchmarks.model --device cuda --runs 3 \
+      --json "$OUT/model_cuda.json" --picture "$OUT/model_cuda.svg"
+    step operators 120 benchmarks.log "$PYTHON" -m benchmarks --device cuda --quick --json "$OUT/cuda.json"
+    step compression 30 benchmarks.log "$PYTHON" -m benchmarks.compression --device cuda --json "$OUT/compression.json"
+    step pipeline 45 benchmarks.log "$PYTHON" -m benchmarks.pipeline --device cuda --batch-size 16 --workers 8 --rounds 3 \
+      --json "$OUT/pipeline_cuda.json"
     sanitizers
-    step "torch.compile" 120 benchmarks.log "$PYTHON" -m benchmarks --device cuda --dtype bfloat16 --compile --quick \
-      --json "$OUT/cuda_compiled.json"
+    step "whole image, torch.compile" 200 benchmarks.log "$PYTHON" -m benchmarks.model --device cuda --runs 3 \
+      --batches 1 --compile --json "$OUT/model_cuda_compiled.json"
+    step "operators, torch.compile" 100 benchmarks.log "$PYTHON" -m benchmarks --device cuda --dtype bfloat16 \
+      --compile --quick --json "$OUT/cuda_compiled.json"
+    step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
   fi
   if ((${#FAILED[@]})); then
     say "${#FAILED[@]} of the steps failed: ${FAILED[*]}"

@@ -1,15 +1,18 @@
-"""Whole-image inference on the CPU: latency, its parts, start-up and memory, against the plain detector.
+"""Whole-image inference: latency, throughput, parts and their floors, start-up and memory, against the plain detector.
 
-    python -m benchmarks.model [--preset r50_300] [--size 800 1333] [--runs 5] [--json FILE] [--readme]
+    python -m benchmarks.model [--device cpu|cuda] [--preset r50_300] [--size 800 1333] [--batches 1 4] [--runs 5]
+                               [--compile] [--json FILE] [--picture FILE] [--readme]
 
 Every implementation runs in a process of its own, as a user would have it (an optimized detector changes what its
 process does with memory), and the processes take turns: ratios are those of one round, to ``reference``, the detector
-as it is built with the references of all operators. The weights are random.
+as it is built with the references of all operators, and to the other peers. The weights are random.
 
 The gate before the timing: in float32 every stage's logits within 1e-3 and boxes within 0.02 pixels of the reference's;
 in bfloat16 no more than twice the error of the reference under autocast.
 
-``--readme`` puts the table of FILE into README.md; without ``--json`` that of the committed figures, measuring nothing.
+``--compile`` adds a reference that waits for nothing, by ``torch.compile(mode="max-autotune")``, which takes minutes.
+``--picture`` draws where the time goes, as SVG. ``--readme`` puts the table of FILE into README.md; without ``--json``
+that of the committed figures, measuring nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +35,19 @@ import torch
 from benchmarks import model_worker
 from benchmarks.environment import ROOT, environment, write_json
 from benchmarks.measure import quantiles
+from benchmarks.picture import draw
 from benchmarks.report import COMMAND_MODEL, MODEL, model_table, update_readme
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.models.config import PRESETS
 
 FIGURES = ROOT / "benchmarks" / "results" / "model_cpu.json"
 REFERENCE = "reference"
+OTHERS = (model_worker.KEPT, model_worker.AUTOCAST)  # that ratios are given to as well
+EXACT = (model_worker.KEPT, "native kernels", "optimized, float32")  # the others are held to the error of bfloat16
+PEERS = {
+    "cpu": tuple(model_worker.IMPLEMENTATIONS),
+    "cuda": tuple(name for name in model_worker.IMPLEMENTATIONS if name not in (model_worker.KEPT, model_worker.PEER)),
+}
 LOGIT_TOLERANCE, BOX_TOLERANCE = 1e-3, 0.02
 
 
@@ -46,10 +56,14 @@ def main() -> int:
     options = build_parser().parse_args()
     report = None
     if options.json or not options.readme:
-        report = measure(options.preset, tuple(options.size), options.runs)
+        batches = sorted({1, *(options.batches or ((1, 4, 16, 32) if options.device.type == "cuda" else (1, 4)))})
+        names = [name for name in PEERS[options.device.type] if options.compile or name != model_worker.COMPILED]
+        report = measure(options.preset, options.device, tuple(options.size), batches, options.runs, names)
         print("\n".join(terminal_table(report)))
         if options.json:
             write_json(options.json, report)
+        if options.picture and report["passed"]:
+            options.picture.write_text(draw(report))
         if not report["passed"]:
             print("the gate is red, see above", file=sys.stderr)
             return 1
@@ -64,30 +78,44 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="r50_300")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="1 and these (default 1 4, or 1 4 16 32)")
+    parser.add_argument("--compile", action="store_true", help="against torch.compile(mode='max-autotune') too")
+    parser.add_argument("--picture", type=Path, help="draw where the time goes here")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds after one to warm up (default 5)")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--readme", action="store_true", help=f"put the table into README.md ({COMMAND_MODEL})")
     return parser
 
 
-def measure(preset: str, size: tuple[int, int], runs: int) -> dict[str, Any]:
+def measure(
+    preset: str, device: torch.device, size: tuple[int, int], batches: list[int], runs: int, names: list[str]
+) -> dict[str, Any]:
     """The report, as it stands in the JSON; without times when the gate is red."""
-    report: dict[str, Any] = {"preset": preset, "size": list(size), "runs": runs, "environment": environment()}
+    report: dict[str, Any] = {"preset": preset, "device": device.type, "size": list(size), "batches": batches}
+    report |= {"runs": runs, "environment": environment(device)}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         make_detector(preset).save_pretrained(folder)
-        workers = {}
-        for name in model_worker.IMPLEMENTATIONS:
-            workers[name] = stack.enter_context(_worker(name, folder, size))
+        flags = ["--device", str(device), "--size", *map(str, size), "--batches", *map(str, batches)]
+        workers = {name: stack.enter_context(_worker(name, folder, flags)) for name in names}
+        peaks = {name: worker.ask("peak") for name, worker in workers.items()}
         report["gate"] = gate({name: worker.gate() for name, worker in workers.items()})
         report["passed"] = all(row["passed"] for row in report["gate"].values())
         if not report["passed"]:
             return report
-        peaks = {name: worker.ask("peak") for name, worker in workers.items()}
-        del workers[model_worker.AUTOCAST]
+        if device.type == "cpu":
+            del workers[model_worker.AUTOCAST]
         report["implementations"] = _time(workers, runs)
         for name, worker in workers.items():
-            report["implementations"][name] |= {"start_up_s": worker.start_up, "peak_rss_gib": peaks[name]}
-        return report
+            figures = report["implementations"][name]
+            figures |= {"start_up_s": worker.start_up, "peak_rss_gib": peaks[name]}
+            figures["components"] = _components(figures["parts"], worker.ask("floors"))
+    return report
+
+
+def _components(parts: dict[str, Any], floors: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``parts`` that have a floor, taken out of it, with the floor."""
+    return {name: {"seconds": parts.pop(name), **floor} for name, floor in floors.items()}
 
 
 def make_detector(preset: str) -> SparseRCNN:
@@ -117,7 +145,9 @@ def gate(outputs: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, Any
             continue
         row = {f"{key}_max": float(value.max()) for key, value in error.items()}
         row |= {f"{key}_mean": float(value.mean()) for key, value in error.items()}
-        if "bfloat16" in name:
+        if name == model_worker.COMPILED:
+            row["passed"] = True  # a peer rounds as it likes
+        elif name not in EXACT:
             limits = {key: 2 * float(value.mean()) for key, value in errors[model_worker.AUTOCAST].items()}
             row["passed"] = all(row[f"{key}_mean"] <= limit for key, limit in limits.items())
         else:
@@ -132,7 +162,7 @@ class _Worker:
     def __init__(self, process: subprocess.Popen, folder: str) -> None:
         self.process, self.folder = process, folder
         begin = time.perf_counter()
-        self.parts = self._receive()  # comes after its first result
+        self._receive()  # comes after its first result
         self.start_up = time.perf_counter() - begin
 
     def ask(self, message: str) -> Any:
@@ -154,8 +184,8 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _worker(name: str, folder: str, size: tuple[int, int]) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "benchmarks.model_worker", name, folder, *map(str, size)]
+def _worker(name: str, folder: str, flags: list[str]) -> Iterator[_Worker]:
+    command = [sys.executable, "-m", "benchmarks.model_worker", name, folder, *flags]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -168,25 +198,34 @@ def _worker(name: str, folder: str, size: tuple[int, int]) -> Iterator[_Worker]:
 
 
 def _time(workers: dict[str, _Worker], runs: int) -> dict[str, Any]:
-    """Seconds of every part of every implementation, round by round, and their ratios to the reference's."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in w.parts} for name, w in workers.items()}
+    """Seconds of every part of every implementation, round by round, and their ratios to each peer's."""
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {part: [] for part in worker.ask("parts")} for name, worker in workers.items()
+    }
     names = list(workers)
     for run in range(runs + 1):
         turn = run % len(names)
         for name in names[turn:] + names[:turn]:
-            for part in workers[name].parts:
+            for part, values in seconds[name].items():
                 taken = workers[name].ask(part)
                 if run > 0:  # the first round warms up
-                    seconds[name][part].append(taken)
+                    values.append(taken)
     figures: dict[str, Any] = {}
     for name, parts in seconds.items():
-        figures[name] = {"parts": {part: quantiles(values) for part, values in parts.items()}, "ratios": {}}
-        for part, values in parts.items():
-            against = seconds[REFERENCE].get(part)
-            if against and name != REFERENCE:
-                ratios = [reference / ours for reference, ours in zip(against, values, strict=True)]
-                figures[name]["ratios"][part] = statistics.median(ratios)
+        figures[name] = {"parts": {part: quantiles(values) for part, values in parts.items()}}
+        figures[name]["ratios"] = {} if name == REFERENCE else _ratios(seconds[REFERENCE], parts)
+        others = [peer for peer in (*OTHERS, model_worker.COMPILED) if peer in seconds and peer != name]
+        figures[name]["ratios_to"] = {peer: _ratios(seconds[peer], parts) for peer in others}
     return figures
+
+
+def _ratios(peer: dict[str, list[float]], ours: dict[str, list[float]]) -> dict[str, float]:
+    """How many times as fast, by part, those that both have."""
+    return {
+        part: statistics.median(theirs / mine for theirs, mine in zip(peer[part], values, strict=True))
+        for part, values in ours.items()
+        if part in peer
+    }
 
 
 def terminal_table(report: dict[str, Any]) -> Iterator[str]:
@@ -196,10 +235,16 @@ def terminal_table(report: dict[str, Any]) -> Iterator[str]:
     for name, figures in report.get("implementations", {}).items():
         yield f"\n{name}: start-up {figures['start_up_s']:.1f} s, peak resident {figures['peak_rss_gib']:.2f} GiB"
         for part, quantile in figures["parts"].items():
-            ratio = figures["ratios"].get(part)
-            speed = f"{ratio:6.2f}x reference" if ratio else ""
             low, median, high = (1e3 * quantile[key] for key in ("q20", "median", "q80"))
-            yield f"  {part:13s}{median:9.1f} ms  {low:8.1f} .. {high:8.1f}  {speed}"
+            images = int(part.partition(" x")[2] or 1)
+            rate = f"{images / quantile['median']:8.1f} images/s"
+            peers = {REFERENCE: figures["ratios"], **figures["ratios_to"]}
+            speeds = [f"{ratios[part]:.2f}x {peer}" for peer, ratios in peers.items() if part in ratios]
+            yield f"  {part:18s}{median:10.2f} ms  {low:8.2f} .. {high:8.2f} {rate}  {', '.join(speeds)}"
+        for step, row in figures["components"].items():
+            median = row["seconds"]["median"]
+            share = f"{row['floor_s'] / median:6.0%} of it the floor" if row["floor_s"] else ""
+            yield f"    {step:20s}{1e3 * median:9.3f} ms {row['gflop']:8.2f} GFLOP {share}"
 
 
 if __name__ == "__main__":

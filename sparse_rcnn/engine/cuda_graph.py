@@ -63,40 +63,6 @@ class Capture(Protocol):
         """Record what the function does, without doing it."""
 
 
-class CudaCapture:
-    """Captures in CUDA graphs that share their memory, for only one of them runs at a time.
-
-    Args:
-        device: of all work.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def run(self, function: Callable[[], Any]) -> None:
-        """Run on the stream of the captures, after what is queued and before what will be."""
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
-
-    def capture(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Record a graph.
-
-        Raises:
-            RuntimeError: something in the function cannot be captured.
-        """
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                function()
-        except RuntimeError as error:
-            raise RuntimeError(f"cuda_graph: the step cannot be captured: {error}") from error
-        return graph.replay
-
-
 @dataclass
 class _Captured:
     inputs: Batch
@@ -158,6 +124,8 @@ class GraphedStep:
             group["capturable"] = True
         try:
             return _Captured(inputs, self._capture.capture(lambda: self.step(inputs)))
+        except RuntimeError as error:
+            raise RuntimeError(f"cuda_graph: the step cannot be captured: {error}") from error
         finally:
             for group in groups:
                 group["capturable"] = False

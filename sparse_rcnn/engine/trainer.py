@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_rcnn.cuda_capture import CudaCapture
 from sparse_rcnn.data.augment import SmallDataTransform
 from sparse_rcnn.data.fingerprint import changes, fingerprint
 from sparse_rcnn.data.formats import open_dataset
@@ -24,7 +25,7 @@ from sparse_rcnn.data.transforms import TrainTransform
 from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from sparse_rcnn.engine.config import TrainConfig
-from sparse_rcnn.engine.cuda_graph import CudaCapture, GraphedStep, ShapeBuckets, refusal
+from sparse_rcnn.engine.cuda_graph import GraphedStep, ShapeBuckets, refusal
 from sparse_rcnn.engine.ema import build_ema
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, RunLog

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_rcnn.cuda_capture import CudaCapture
 from sparse_rcnn.inference.program import Found
 
 # The test sizes of the paper's models (800 to 1333 pixels, either way up) are 36 shapes.
@@ -119,22 +120,17 @@ class Buckets:
 
 
 class GraphCapture:
-    """Captures CUDA graphs that share one pool of memory: they run one after the other."""
+    """Captures the program in CUDA graphs."""
 
-    WARM_UPS = 3  # calls before the capture: plans, workspaces and lazily loaded kernels cannot be made inside
+    WARM_UPS = 3  # calls before the capture
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._capture = CudaCapture(device)
 
     def __call__(self, run: Callable[[], Found], inputs: Inputs) -> Captured:
         """Capture ``run()``, which reads ``inputs``."""
-        stream = torch.cuda.Stream(inputs.sizes.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run()
-        return Captured(inputs, outputs, graph.replay)
+        for _ in range(self.WARM_UPS):
+            self._capture.run(run)
+        outputs: list[Found] = []
+        replay = self._capture.capture(lambda: outputs.append(run()))
+        return Captured(inputs, outputs[0], replay)

@@ -50,6 +50,17 @@ def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     return module.eval()
 
 
+def compiled(backbone: nn.Module) -> nn.Module:
+    """``backbone`` by ``torch.compile``, which does its own fusing: a convolution is to it one without all else."""
+    for module in backbone.modules():
+        if isinstance(module, FusedConv2d):
+            module.onednn = module.cudnn = False
+    on_gpu = next(backbone.buffers()).is_cuda
+    # A CUDA graph is made around it; on a CPU constant weights get the layouts that its convolutions want.
+    options = {"mode": "max-autotune-no-cudagraphs"} if on_gpu else {"options": {"freezing": True}}
+    return torch.compile(backbone, dynamic=False, **options)
+
+
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """``module`` in evaluation mode, and afterwards each part of it as it was."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_rcnn import ops
+from sparse_rcnn.inference.linear import make_layer
 from sparse_rcnn.inference.onednn import linear
 from sparse_rcnn.models import SparseRCNN
 from sparse_rcnn.models.config import SparseRCNNConfig
@@ -29,12 +30,20 @@ class InferenceHead:
     Args:
         model: where the weights are taken from; those that have the device and the type already are shared.
         device, dtype: of weights and features. Boxes are float32.
+        out_layer_rank, fp8: see :class:`~sparse_rcnn.inference.OptimizedSparseRCNN`.
     """
 
-    def __init__(self, model: SparseRCNN, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: SparseRCNN,
+        device: torch.device,
+        dtype: torch.dtype,
+        out_layer_rank: int | None = None,
+        fp8: bool = False,
+    ) -> None:
         self.config = model.config
         self.dtype = dtype
-        self.stages = [_Stage(stage, model.config, device, dtype) for stage in model.head.stages]
+        self.stages = [_Stage(stage, model.config, device, dtype, out_layer_rank, fp8) for stage in model.head.stages]
         proposals = model.init_proposal_features.weight.detach()[None].to(device)  # [1, N, C]
         # In float32 whatever the type is: once and for all, so rounded once.
         first = _Stage(model.head.stages[0], model.config, device, torch.float32)
@@ -65,6 +74,7 @@ class InferenceHead:
                     boxes = self.stages[index - 1].refine(x, boxes)
                 refined.append(boxes)
                 mixed = stage.mix(x)
+                parameters = None  # their memory, the most that the head needs, is for the next ones
                 parameters = stage.generate(mixed)
                 self._meet()
                 x = mixed
@@ -92,7 +102,15 @@ class InferenceHead:
 class _Stage:
     """One stage's weights, and its steps as functions of them."""
 
-    def __init__(self, stage: Stage, config: SparseRCNNConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        config: SparseRCNNConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        out_layer_rank: int | None = None,
+        fp8: bool = False,
+    ) -> None:
         self.config, self.strides = config, stage.strides
 
         def weights(layer: nn.Linear) -> Weights:
@@ -112,12 +130,12 @@ class _Stage:
         interaction = stage.inst_interact
         self.residual = interaction.residual
         if config.interaction == "dynamic":
-            self.dynamic_layer = weights(interaction.dynamic_layer)
+            self.dynamic_layer = make_layer(interaction.dynamic_layer, device, dtype, None, fp8)
             self.dynamic_norms = (*norm(interaction.norm1), *norm(interaction.norm2))
-            self.out_layer, self.out_norm = weights(interaction.out_layer), norm(interaction.norm3)
+            out_layer, self.out_norm = interaction.out_layer, norm(interaction.norm3)
         else:
-            roi = interaction.roi
-            self.out_layer, self.out_norm = weights(roi.out_layer), norm(roi.norm)
+            out_layer, self.out_norm = interaction.roi.out_layer, norm(interaction.roi.norm)
+        self.out_layer = make_layer(out_layer, device, dtype, out_layer_rank, fp8)
         if config.interaction == "concat":
             self.merge, self.merge_norm = weights(interaction.merge), norm(interaction.norm)
         self.norm2, self.norm3 = norm(stage.norm2), norm(stage.norm3)
@@ -141,12 +159,15 @@ class _Stage:
 
     def generate(self, x: Tensor) -> Tensor | None:
         """The proposals' own weights, [B * N, 2 * C * D]; None where the interaction has none."""
-        return linear(x.flatten(0, 1), *self.dynamic_layer) if self.config.interaction == "dynamic" else None
+        return self.dynamic_layer(x.flatten(0, 1)) if self.config.interaction == "dynamic" else None
 
     def interact(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor, parameters: Tensor | None) -> Tensor:
         """The interaction of x [B, N, C] with the boxes' RoI features and the FFN: [B, N, C]."""
-        pooled = self._pool(features, boxes, parameters)  # [B, N, P, C]
-        found = ops.add_layer_norm(linear(pooled.flatten(2), *self.out_layer), None, *self.out_norm, relu=True)
+        return self.absorb(self.pool(features, boxes, parameters), x)
+
+    def absorb(self, pooled: Tensor, x: Tensor) -> Tensor:
+        """What x [B, N, C] becomes by ``out_layer`` of the pooled [B, N, P, C], and the FFN."""
+        found = ops.add_layer_norm(self.out_layer(pooled.flatten(2)), None, *self.out_norm, relu=True)
         if self.config.interaction == "concat":
             merged = linear(torch.cat([found, x], dim=-1), *self.merge)
             found = ops.add_layer_norm(merged, None, *self.merge_norm, relu=True)
@@ -154,7 +175,8 @@ class _Stage:
         hidden = linear(x, *self.linear1, relu=True)
         return ops.add_layer_norm(linear(hidden, *self.linear2), x, *self.norm3)
 
-    def _pool(self, features: Sequence[Tensor], boxes: Tensor, parameters: Tensor | None) -> Tensor:
+    def pool(self, features: Sequence[Tensor], boxes: Tensor, parameters: Tensor | None) -> Tensor:
+        """The boxes' RoI features, convolved with the proposals' own parameters where there are any: [B, N, P, C]."""
         config = self.config
         pooling = (self.strides, config.pooler_resolution, config.sampling_ratio, config.level_rule)
         if parameters is None:

@@ -23,6 +23,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
+    give_freed_memory_back()  # what is free until now may lie where nothing fits
+
+
+def give_freed_memory_back() -> None:
+    """Hand what is free now to the system, whatever is kept from now on."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_in_batches(

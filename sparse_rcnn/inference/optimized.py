@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 
 from sparse_rcnn.data.transforms import resize
 from sparse_rcnn.inference.buckets import Buckets, Capture, GraphCapture
-from sparse_rcnn.inference.fuse import evaluating, fuse
+from sparse_rcnn.inference.fuse import compiled, evaluating, fuse
 from sparse_rcnn.inference.head import InferenceHead
-from sparse_rcnn.inference.memory import keep_freed_memory, run_in_batches
+from sparse_rcnn.inference.linear import check_compression
+from sparse_rcnn.inference.memory import give_freed_memory_back, keep_freed_memory, run_in_batches
 from sparse_rcnn.inference.onednn import cpu_has
 from sparse_rcnn.inference.program import Program
 from sparse_rcnn.inference.submitted import Run, Submitted, now
 from sparse_rcnn.inference.upload import Uploads
 from sparse_rcnn.inference.weight_guard import WeightGuard
+from sparse_rcnn.models.batch import normalize_pixels, pad_images
 from sparse_rcnn.models.sparse_rcnn import SparseRCNN, StageOutputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,11 +41,12 @@ class OptimizedSparseRCNN:
 
     BatchNorm is folded, activations and residual sums are fused to their convolutions, tensors are channels-last, what
     depends on no image is computed once, and of the class towers only the last one runs. On a GPU each shape of batch
-    runs as one CUDA graph from 8-bit pixels to detections. The weights of the original that have the right type and
-    device are shared with it, and it may not change any more; one tells so by :class:`StaleWeightsError`.
+    runs as one CUDA graph from 8-bit pixels to detections. The weights of the original's head that have the right type
+    and device are shared with it, and it may not change any more; one tells so by :class:`StaleWeightsError`. It is not
+    kept: who has no further use for it and lets it go saves the memory of its backbone.
 
     Args:
-        model: the detector; kept.
+        model: the detector.
         device: None is the model's.
         dtype: of features and weights; boxes are float32. None is bfloat16 (float16 where it has none) on a GPU and
             float32 on a CPU. A half type that a CPU has no instructions for becomes float32, with a warning.
@@ -50,13 +54,19 @@ class OptimizedSparseRCNN:
         image_sizes: (height, width) of images, as the network sees them, whose graphs are captured now.
         keep_memory: on a CPU let the process keep the memory that it frees, which saves a fifth of the time; it
             concerns the whole process.
+        compile: run the backbone through ``torch.compile``, once for each shape, which takes minutes.
+        out_layer_rank: put factors of this rank in the place of ``out_layer``'s weights; None keeps them. Inexact:
+            ``python -m benchmarks.compression`` says how much.
+        fp8: weights and inputs of ``dynamic_layer`` and ``out_layer`` in 8-bit floating point. Inexact, as above. On a
+            CPU it is slow: good for seeing what it does to the results.
         capture: stands in for the capture of CUDA graphs (for tests).
 
     Attributes:
         config, device, dtype, batch_size.
 
     Raises:
-        ValueError: a dtype that this GPU or this package has not, or a batch size below 1.
+        ValueError: a dtype that this GPU or this package has not, a batch size below 1, or a rank that the layer cannot
+            have.
     """
 
     def __init__(
@@ -67,26 +77,36 @@ class OptimizedSparseRCNN:
         batch_size: int = 1,
         image_sizes: Iterable[tuple[int, int]] = (),
         keep_memory: bool = True,
+        compile: bool = False,
+        out_layer_rank: int | None = None,
+        fp8: bool = False,
         capture: Capture | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         weight = model.init_proposal_boxes.weight
-        self.model, self.config, self.batch_size = model, model.config, batch_size
+        self.config, self.batch_size = model.config, batch_size
         self.device = weight.device if device is None else torch.empty(0, device=device).device
         self.dtype = resolve_dtype(self.device, dtype)
+        check_compression(out_layer_rank, self.config.hidden_dim, fp8, self.device)
+        self._compression = {"out_layer_rank": out_layer_rank, "fp8": fp8}
         self._guard = WeightGuard(model)
         with torch.inference_mode():
             backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
-            head = InferenceHead(model, self.device, self.dtype)
+            head = InferenceHead(model, self.device, self.dtype, **self._compression)
+        if compile:
+            backbone, self._backbone_note = compiled(backbone), f"{self._backbone_note}, compiled"
         self._program = Program(model, backbone, head, self.device, self.dtype)
         on_gpu = self.device.type == "cuda"
         with self._on_device():
-            capture = GraphCapture() if capture is None and on_gpu else capture
+            capture = GraphCapture(self.device) if capture is None and on_gpu else capture
             self._uploads = Uploads(self.device) if on_gpu else contextlib.nullcontext  # gives images as they are
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
         self._most = batch_size if capture else None  # images at a time; None is any number
-        if keep_memory and self.device.type == "cpu":
+        gc.collect()  # tracing leaves circles that hold the backbone
+        self._keeps_memory = keep_memory and self.device.type == "cpu"
+        self._seen: set[tuple[int, int, int]] = set()  # shapes of batches that memory was kept of
+        if self._keeps_memory:
             keep_freed_memory()  # only now: what was needed to fold is given back
         for size in image_sizes:
             self.warm_up(size)
@@ -147,6 +167,7 @@ class OptimizedSparseRCNN:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backbone": self._backbone_note,
+            **self._compression,
             "batch_size": self.batch_size,
             "buckets": [{**key._asdict(), "replays": count} for key, count in buckets.replays.items()]
             if buckets
@@ -181,7 +202,9 @@ class OptimizedSparseRCNN:
             begin = now(self.device)
             rows = torch.tensor([(*image.shape[1:], *size) for image, size in zip(images, sizes, strict=True)])
             images = [image.to(self.device, non_blocking=True) for image in images]
-            return Run(self._program(images, rows.to(self.device), shape), len(images), begin)
+            run = Run(self._program(images, rows.to(self.device), shape), len(images), begin)
+            self._settle((len(images), *shape))
+            return run
         large = [index for index, image in enumerate(images) if image.numel() > captured.capacity]
         resized = {index: (sizes[index], images[index].shape[1:]) for index in large}
         images = [resize(image.cpu(), sizes[i]) if i in resized else image for i, image in enumerate(images)]
@@ -194,13 +217,24 @@ class OptimizedSparseRCNN:
         self._check_weights()  # while the GPU works
         return run
 
+    def _settle(self, shape: tuple[int, int, int]) -> None:
+        """After the first batch of a shape, keep no memory of it: the next ones lay their tensors out in what is free
+        by then, and all alike, so that a tenth of the memory would lie idle."""
+        if self._keeps_memory and shape not in self._seen:
+            self._seen.add(shape)
+            give_freed_memory_back()
+
     @torch.inference_mode()
     def _call_uncaptured(self, images: Sequence[Tensor], return_stages: bool) -> list[dict[str, Tensor]] | StageOutputs:
         self._check_weights()
-        batch, sizes = self.model._normalize(images)
-        batch = batch.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
-        sizes = sizes.long().repeat(1, 2).to(self.device)
         with self._on_device():
+            pixels, sizes = (
+                tensor.to(self.device, non_blocking=True)
+                for tensor in pad_images(images, torch.float32, pin_memory=self.device.type == "cuda")
+            )
+            batch = normalize_pixels(pixels, sizes, self.config.pixel_mean, self.config.pixel_std)
+            batch = batch.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            sizes = sizes.long().repeat(1, 2)
             begin = now(self.device)
             found, stages = self._program.stages(batch, sizes)
             results = Run(found, len(images), begin).results()

@@ -6,18 +6,16 @@ import importlib.util
 from collections import OrderedDict
 from pathlib import Path
 
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops import FrozenBatchNorm2d as _FrozenBatchNorm2d
+
+from sparse_rcnn.models.light_torchvision import torchvision
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 STRIDES = (4, 8, 16, 32)
 
 
-class FrozenBatchNorm2d(_FrozenBatchNorm2d):
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
     """torchvision's, which needs no memory for the backward, but in one operator where there is no backward."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +50,7 @@ class BackboneWithFPN(nn.Module):
             raise ValueError(f"frozen_stages: expected 0 or None for the timm model {name!r}, got {frozen_stages}")
         else:
             self.body, widths = _timm(name)
-        self.fpn = FeaturePyramidNetwork(widths, channels)
+        self.fpn = torchvision.ops.FeaturePyramidNetwork(widths, channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
@@ -63,7 +61,7 @@ class BackboneWithFPN(nn.Module):
 
 def _resnet(name: str) -> tuple[nn.Module, list[int]]:
     resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
-    body = IntermediateLayerGetter(resnet, {f"layer{i}": str(i - 1) for i in range(1, 5)})
+    body = torchvision.models._utils.IntermediateLayerGetter(resnet, {f"layer{i}": str(i - 1) for i in range(1, 5)})
     width = 512 if name in ("resnet18", "resnet34") else 2048
     return body, [width // 8, width // 4, width // 2, width]
 

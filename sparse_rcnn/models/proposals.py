@@ -20,9 +20,9 @@ def initial_boxes(kind: str, count: int) -> Tensor:
         ValueError: another kind.
     """
     if kind == "image":
-        return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(count, 1)
+        return torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(count, 4)
     if kind == "center":
-        return torch.tensor([0.5, 0.5, 0.1, 0.1]).repeat(count, 1)
+        return torch.tensor([0.5, 0.5, 0.1, 0.1]).expand(count, 4)
     if kind == "grid":
         side = math.ceil(math.sqrt(count))
         centers = (torch.arange(side) + 0.5) / side

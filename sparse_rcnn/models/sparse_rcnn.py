@@ -17,6 +17,7 @@ from sparse_rcnn.models.backbone import STRIDES, BackboneWithFPN
 from sparse_rcnn.models.batch import Batch, PaddedShape, normalize_pixels, pad_images
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.models.dynamic_head import DynamicHead
+from sparse_rcnn.models.uninitialized import Uninitialized
 
 if TYPE_CHECKING:
     from sparse_rcnn.inference import OptimizedSparseRCNN
@@ -88,8 +89,9 @@ class SparseRCNN(nn.Module):
         from sparse_rcnn.weights import load_pretrained
 
         config, state = load_pretrained(path)
-        model = cls(config)
-        model.load_state_dict(state)
+        with Uninitialized():
+            model = cls(config)
+        model.load_state_dict(state, assign=True)
         return model.to(map_location).eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:

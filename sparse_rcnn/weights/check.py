@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_rcnn.models.config import SparseRCNNConfig
+from sparse_rcnn.models.uninitialized import Uninitialized
 from sparse_rcnn.weights.mmdet import COUNTER
 
 
@@ -54,7 +55,7 @@ def _expected(
         if getattr(config, field) > len(state_dict):
             raise ValueError(f"{source}: {field} {getattr(config, field)} in a file of {len(state_dict)} tensors")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialized():
             return SparseRCNN(config).state_dict()
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{source}: no detector can be built from its configuration: {error}") from error

@@ -52,7 +52,8 @@ def load_pretrained(path: str | os.PathLike[str]) -> tuple[SparseRCNNConfig, dic
             training, ``last.pt``.
 
     Returns:
-        The configuration, and the state dict under our names with every floating tensor as float32.
+        The configuration, and the state dict under our names with every floating tensor as float32, each in memory of
+        its own.
 
     Raises:
         ValueError: the file is missing, damaged or of another model, or tensors are missing, unexpected or wrongly
@@ -60,7 +61,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> tuple[SparseRCNNConfig, dic
     """
     checkpoint = read_checkpoint(path)
     state = mmdet.without_counters(checkpoint.state_dict)
-    return checkpoint.config, {name: _cast(tensor, torch.float32) for name, tensor in state.items()}
+    return checkpoint.config, pack(state, torch.float32)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -218,7 +219,7 @@ def _config_text(config: SparseRCNNConfig) -> str:
 
 
 def pack(state_dict: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Tensors as a file wants them: on the CPU, contiguous, sharing no memory, floating ones in ``dtype``."""
+    """Tensors as files and modules want them: on the CPU, contiguous, sharing no memory, floating ones in ``dtype``."""
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating point type, got {dtype}")
     packed, seen = {}, set()

@@ -51,7 +51,7 @@ def safe_load(path: str | os.PathLike[str], what: str = "a checkpoint") -> dict[
 def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return load_file(path)
+        return load_file(path, backend="pread")  # a mapped file that changes would change the weights with it
     if suffix == ".pkl":
         with open(path, "rb") as file:
             return read_pickle(file)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparse_rcnn.inference.buckets import Inputs, Key
+from sparse_rcnn.inference.linear import Fp8
 from tests.inference.test_optimized import VARIANTS, assert_equal_detections, make_images, make_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present")
@@ -127,3 +128,33 @@ def test_memory_of_a_thousand_replays_stays():
     for _ in range(1000):
         optimized(images)
     assert torch.cuda.memory_reserved() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@torch.inference_mode()
+def test_fp8_is_what_the_cpu_imitates(dtype):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit matrix product")
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in [(300, 512), (64, 512), (64,)])
+    for b in (None, bias.to(dtype)):
+        found = Fp8(weight.to(CUDA), None if b is None else b.to(CUDA))(x.to(CUDA, dtype))
+        assert found.dtype == dtype
+        # The GPU's result is bfloat16 in between, and its bias too.
+        torch.testing.assert_close(found.cpu().float(), Fp8(weight, b)(x.to(dtype)).float(), rtol=2**-7, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "options", [{"out_layer_rank": 32}, {"fp8": True}, {"out_layer_rank": 16, "fp8": True}], ids=str
+)
+@torch.inference_mode()
+def test_compressed_layers_are_captured(options):
+    if options.get("fp8") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit matrix product")
+    model, images = make_model(), make_images((50, 64), (40, 90))
+    optimized = model.optimize(CUDA, torch.bfloat16, batch_size=2, **options)
+    imitated = model.optimize(CPU, torch.float32, **options)(images, return_stages=True)
+    found = optimized(images, return_stages=True)
+    error = (found.logits.cpu() - imitated.logits).abs().mean((1, 2, 3)) / imitated.logits.std()
+    assert (error < 0.1).all(), error
+    assert len(optimized(images)) == 2 and optimized.report()["batches_without_bucket"] == 0

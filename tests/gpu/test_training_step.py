@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 
-from sparse_rcnn.engine.cuda_graph import WARM_UP_STEPS, CudaCapture, GraphedStep, ShapeBuckets, refusal
+from sparse_rcnn.cuda_capture import CudaCapture
+from sparse_rcnn.engine.cuda_graph import WARM_UP_STEPS, GraphedStep, ShapeBuckets, refusal
 from sparse_rcnn.engine.optimizer import set_lr
 from sparse_rcnn.engine.step import Reports, TrainStep
 from tests.training_step import make_step, sample

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
+
+from sparse_rcnn import ops
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.synthetic import CLASS_NAMES, write_dataset
-from sparse_rcnn.engine.evaluator import evaluate
+from sparse_rcnn.engine import evaluator
 from sparse_rcnn.models import SparseRCNN
-from sparse_rcnn.runtime import default_weights
+from sparse_rcnn.runtime import Predictor, default_weights
 
 
-def test_the_bundled_model_detects(tmp_path):
-    write_dataset(tmp_path, 24, seed=77, split="valid", progress=False)
-    model = SparseRCNN.from_pretrained(default_weights())
+@pytest.fixture(scope="module")
+def model():
+    return SparseRCNN.from_pretrained(default_weights())
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_dataset(folder, 24, seed=77, split="valid", progress=False)
+    return open_dataset(folder, "valid")
+
+
+@pytest.fixture(scope="module")
+def metrics(model, scenes):
+    """Of the plain detector, with the references of all operators."""
+    with pytest.MonkeyPatch.context() as patch, ops.backend("reference"):
+        patch.setattr(evaluator, "Predictor", functools.partial(Predictor, optimize=False))
+        return evaluator.evaluate(model, scenes).metrics
+
+
+def test_the_bundled_model_detects(model, metrics):
     assert model.config.class_names == tuple(CLASS_NAMES)
-    metrics = evaluate(model, open_dataset(tmp_path, "valid")).metrics
     assert metrics["AP"] > 0.5
     assert metrics["AP50"] > 0.75
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-3)])
+def test_the_optimized_model_is_as_good(model, scenes, metrics, dtype, tolerance):
+    found = evaluator.evaluate(model, scenes, dtype=dtype).metrics
+    assert found["AP"] == pytest.approx(metrics["AP"], abs=tolerance)
 
 
 def test_the_bundled_model_is_small():
