@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.checkpoint import load_checkpoint
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.engine.trainer import Trainer
@@ -20,7 +21,7 @@ _FIXED = ("data", "preset", "weights", "backbone", "backbone_weights", "set", "s
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if distributed.first_to_complain() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,9 +89,12 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 (training failed), 2 (bad arguments or data) or 128 + the signal's number."""
+    distributed.connect()
     flags = vars(build_parser().parse_args(arguments))
     try:
-        trainer = Trainer(config_from_flags(flags))
+        distributed.start(flags.get("device", "auto"))
+        trainer = Trainer(config_from_flags(_after_restart(flags)))
+        distributed.remember(_started(flags))
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, 2)
     try:
@@ -99,11 +103,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:  # the second one; the first lets the step end and saves
         return _fail("interrupted before the step was done; the last checkpoint is as it was", 130)
+    distributed.stop()
     return 0 if stopped_by is None else 128 + stopped_by
 
 
+def _after_restart(flags: dict[str, Any]) -> dict[str, Any]:
+    """With ``resume``, if ``torchrun`` started the processes anew after they had begun this very run and saved."""
+    last = Path(flags.get("output", ""), "last.pt")
+    if distributed.restarts() and distributed.remembered(_started(flags)) and last.exists():
+        return {**flags, "resume": True}
+    return flags
+
+
+def _started(flags: dict[str, Any]) -> str:
+    return f"training into {flags.get('output')}"
+
+
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"sparse_rcnn.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if distributed.first_to_complain():
+        print(f"sparse_rcnn.train: error: {distributed.describe(error)}", file=sys.stderr)
     return code
 
 

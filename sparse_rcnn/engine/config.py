@@ -18,9 +18,10 @@ def _option(default: Any, text: str) -> Any:
 class TrainConfig:
     """Everything that determines a training run; the flags of ``python -m sparse_rcnn.train`` are these fields.
 
-    ``lr`` is for the given ``batch_size`` and is never scaled by itself. The paper's recipe is 2.5e-5 for batches of
-    16, 270,000 steps, decay at 210,000 and 250,000; for batches of B start from 2.5e-5 * B / 16 when fine-tuning, and
-    from more for a small model trained from scratch.
+    ``batch_size`` counts the images of an optimizer step, whatever number of processes and micro-batches they are
+    divided among: neither changes what is trained. ``lr`` is for that size and is never scaled by itself. The paper's
+    recipe is 2.5e-5 for batches of 16, 270,000 steps, decay at 210,000 and 250,000; for batches of B start from
+    2.5e-5 * B / 16 when fine-tuning, and from more for a small model trained from scratch.
 
     Raises:
         ValueError: a field has a value that no run can be made from.
@@ -35,7 +36,8 @@ class TrainConfig:
     backbone_weights: str = _option("auto", "auto (ImageNet weights, if a package has them), none, or a file")
     set: dict[str, Any] = _option({}, "fields of SparseRCNNConfig, as in num_proposals=50 min_size=256")
     steps: int = _option(10_000, "optimizer steps")
-    batch_size: int = _option(2, "images a step")
+    batch_size: int = _option(2, "images a step, of all processes and micro-batches together")
+    accumulate: int = _option(1, "micro-batches, one after the other, that a process divides its images of a step into")
     lr: float = _option(1e-4, "learning rate after warm-up; not scaled with the batch size")
     backbone_lr_factor: float = _option(1.0, "multiplies lr for the backbone's body")
     weight_decay: float = _option(1e-4, "decoupled weight decay, on every parameter")
@@ -50,14 +52,14 @@ class TrainConfig:
     seed: int = _option(0, "seed of initialisation, data order and augmentation")
     augment: str = _option("paper", "paper (flip, multi-scale, and crop if asked for) or small, for few images")
     group_shapes: bool = _option(False, "batches of wide images and batches of tall ones, which need less padding")
-    workers: int = _option(0, "loader processes")
-    cache_mb: int = _option(0, "megabytes of decoded images to keep in memory, which the workers share")
+    workers: int = _option(0, "loader processes of each training process")
+    cache_mb: int = _option(0, "megabytes of decoded images that each training process keeps, which its workers share")
     strict: bool = _option(False, "decode every image before the first step, and refuse data with any problem")
     log_every: int = _option(20, "steps between log records")
     eval_every: int = _option(1000, "steps between evaluations on val; 0 is at the end only")
     checkpoint_every: int = _option(500, "steps between checkpoints; 0 is at the end only")
     time_limit: float | None = _option(None, "minutes after which to stop with a checkpoint")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; of several processes each takes a GPU of its own")
     dtype: str = _option("float32", "float32, or bfloat16 for autocast")
     cuda_graph: bool = _option(
         False,
@@ -77,6 +79,10 @@ class TrainConfig:
         for name in ("lr", "clip_norm"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size: expected a multiple of accumulate {self.accumulate}, got {self.batch_size}")
+        if self.cuda_graph and self.accumulate > 1:
+            raise ValueError(f"cuda_graph: expected accumulate 1, got {self.accumulate}")
         if self.flip > 1:
             raise ValueError(f"flip: expected a probability, got {self.flip}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -92,5 +98,5 @@ class TrainConfig:
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
     **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
-    **{"time_limit": 0, "cache_mb": 0},
+    **{"time_limit": 0, "cache_mb": 0, "accumulate": 1},
 }

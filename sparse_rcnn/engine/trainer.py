@@ -17,14 +17,16 @@ from torch import Tensor
 from sparse_rcnn.data.augment import SmallDataTransform
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.health import check_data
-from sparse_rcnn.data.loader import train_batches
+from sparse_rcnn.data.loader import lost_workers, train_batches
 from sparse_rcnn.data.transforms import TrainTransform
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.engine.cuda_graph import CudaCapture, GraphedStep, ShapeBuckets, refusal
 from sparse_rcnn.engine.evaluator import evaluate
-from sparse_rcnn.engine.logging import Meter, RunLog
+from sparse_rcnn.engine.logging import Meter, NoLog, RunLog
+from sparse_rcnn.engine.micro_batches import prepare_step
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
 from sparse_rcnn.engine.step import Report, Reports, TrainStep
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
@@ -43,6 +45,9 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Builds a run from its configuration, and runs it.
 
+    Of several processes (:func:`sparse_rcnn.engine.distributed.start`) each has one, and a part of every batch; the
+    first writes and says what there is.
+
     In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights for ``from_pretrained``), ``best/``
     (the weights of the best validation AP) and ``log.jsonl``.
 
@@ -58,7 +63,13 @@ class Trainer:
             raise ValueError(f"output: {self.checkpoint_path} exists; pass --resume, or choose another folder")
         checkpoint = load_checkpoint(self.checkpoint_path) if config.resume else None
         torch.manual_seed(config.seed)
-        self.device = pick_device(config.device)
+        self.device = pick_device(distributed.own_device(config.device))
+        self.processes = distributed.world_size()
+        if config.batch_size % (self.processes * config.accumulate):
+            raise ValueError(
+                f"batch_size: expected a multiple of {self.processes * config.accumulate} ({self.processes} processes "
+                f"of {config.accumulate} micro-batches), got {config.batch_size}"
+            )
         if config.cuda_graph and (reason := refusal(self.device)):
             raise ValueError(f"cuda_graph: {reason}")
         self.step, self.best_ap = 0, -1.0
@@ -74,8 +85,10 @@ class Trainer:
         if config.val is not None:
             self.val_dataset = open_dataset(config.val, "valid", model.config.class_names)
         network = model.config.min_size, model.config.max_size
-        self.data_report = check_data(
-            self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
+        self.data_report = distributed.from_main(
+            lambda: check_data(
+                self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
+            )
         )
         self.dataset = self.dataset.without(self.data_report.unreadable)
         if len(self.dataset) == 0:
@@ -93,8 +106,9 @@ class Trainer:
             self.graphed_step = GraphedStep(self.plain_step, CudaCapture(self.device), RunLog.say)
             self.buckets = ShapeBuckets(config.max_size or self.model.config.max_size)
         self.reports = Reports()
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.data_report.write(self.output / "data_report.txt")
+        if distributed.is_main():
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.data_report.write(self.output / "data_report.txt")
         if config.strict:
             self.data_report.require_clean()
 
@@ -114,10 +128,14 @@ class Trainer:
             TrainingError: a loss or the gradient is not finite. Model and optimizer are what the last good step made
                 of them; nothing is written.
             ImageError: a training image cannot be decoded.
+            LoaderError: a loader process died.
             OSError: a checkpoint cannot be written; the one before it is complete.
         """
         config = self.config
-        with RunLog(self.output / "log.jsonl", self.step, config.steps) as log, _Stop(config.time_limit) as stop:
+        log = NoLog()
+        if distributed.is_main():
+            log = RunLog(self.output / "log.jsonl", self.step, config.steps)
+        with log, _Stop(config.time_limit) as stop, lost_workers():
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             meter = Meter()
@@ -125,7 +143,7 @@ class Trainer:
             for images, targets in islice(self._batches(), max(config.steps - self.step, 0)):
                 self.train_step(images, targets)
                 log.advance()
-                last, stopping = self.step == config.steps, stop.requested
+                last, stopping = self.step == config.steps, distributed.any_of(stop.requested)
                 logging = last or self.step % config.log_every == 0
                 validating = self.val_dataset is not None and (last or _every(config.eval_every, self.step))
                 saving = last or stopping or _every(config.checkpoint_every, self.step)
@@ -149,7 +167,7 @@ class Trainer:
         """Queue one optimizer step, whose losses come to ``reports``.
 
         Args:
-            images: CHW images at network size.
+            images: CHW images at network size, this process's of the step.
             targets: a dict of ``boxes`` [M, 4], ``labels`` [M] and ``image_id`` an image.
 
         Raises:
@@ -159,21 +177,23 @@ class Trainer:
         image_ids = [int(target["image_id"]) for target in targets]
         shape = None if self.buckets is None else self.buckets.shape(images, targets)
         try:
-            batch = self.model.prepare(images, targets, shape)
+            batches = prepare_step(self.model, images, targets, config.accumulate, shape)
         except (TypeError, ValueError) as error:
             raise self._error(self.step + 1, image_ids, str(error)) from error
         factor = lr_factor(self.step, config.warmup_steps, config.warmup_factor, config.decay_steps)
         set_lr(self.optimizer, factor)
         self.lr = self.optimizer.param_groups[-1]["base_lr"] * factor
         if self.graphed_step is None:
-            self.plain_step(batch.to(self.device))
+            self.plain_step(*(batch.to(self.device) for batch in batches))
         else:
-            self.graphed_step(batch)
+            self.graphed_step(*batches)
         self.step += 1
         self.reports.add(self.step, image_ids, self.plain_step)
 
     def save(self) -> None:
-        """Write ``last.pt`` and ``model/``."""
+        """Write ``last.pt`` and ``model/``, if this is the main process."""
+        if not distributed.is_main():
+            return
         save_checkpoint(
             self.checkpoint_path,
             {
@@ -199,6 +219,7 @@ class Trainer:
         batches = train_batches(
             *(self.dataset, transform, config.batch_size, config.seed, self.step, config.workers),
             group_shapes=config.group_shapes,
+            share=(distributed.rank(), self.processes),
         )
         while True:
             # A DataLoader draws a seed when it starts: a resumed run would start from another state of the generator.
@@ -228,6 +249,7 @@ class Trainer:
             log.say(f"validation: {line}")
         if best:
             self.best_ap = result.metrics["AP"]
+        if best and distributed.is_main():
             self.model.save_pretrained(self.output / "best")
 
     def _check(self, report: Report) -> None:
