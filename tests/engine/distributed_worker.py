@@ -25,6 +25,7 @@ from sparse_rcnn.engine.stages import evaluate_stages
 from sparse_rcnn.engine.step import TrainStep
 from sparse_rcnn.engine.trainer import Trainer, TrainingError
 from sparse_rcnn.models import SparseRCNN
+from sparse_rcnn.runtime import default_weights
 from tests.engine.conftest import TINY
 from tests.training_step import CONFIG, sample
 
@@ -37,33 +38,44 @@ STEPS = {
     "softmax": ({"classification": "softmax"}, (3, 9, 0, 5)),
     "last stage": ({"deep_supervision": False}, (3, 1, 0, 5)),
     "concat": ({"interaction": "concat"}, (3, 1, 2, 5)),
-    "no features": ({"interaction": "plain"}, (3, 1, 2, 5)),
+    # Of the same boxes, without features, it would be left to rounding which proposal is matched.
+    "no features": ({"interaction": "plain", "proposal_init": "random"}, (3, 1, 2, 5)),
 }
 SIZES = ((50, 60), (64, 40), (40, 40), (90, 60))
-CASES = [*((name, torch.float32) for name in STEPS), ("plain", torch.float64)]
+CASES = [*((name, torch.float64) for name in STEPS), ("plain", torch.float32)]
 
 
 def gradients(name: str, dtype: torch.dtype, accumulate: int) -> list[torch.Tensor]:
-    """Report and gradients of a step of four images, of which this process has its part."""
+    """Report and gradients of a step of four images, of which this process has its part.
+
+    Of each gradient its norm and some values: all of them, of all cases, would be gigabytes.
+    """
     changes, counts = STEPS[name]
     torch.manual_seed(0)
     model = SparseRCNN(CONFIG.replace(**changes)).to(dtype=dtype, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, lr=1e-3)
     step = TrainStep(model, optimizer, clip_norm=1e9)
     found = []
-    optimizer.register_step_pre_hook(lambda *_: found.extend(parameter.grad for parameter in step.parameters))
+    optimizer.register_step_pre_hook(lambda *_: found.extend(some(parameter.grad) for parameter in step.parameters))
     images, targets = sample(7, counts, SIZES)
     size = len(images) // distributed.world_size()
     own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
     step(*prepare_step(model, images[own], targets[own], accumulate))
-    return [step.report, *(torch.zeros(0) if gradient is None else gradient.clone() for gradient in found)]
+    return [step.report, *found]
+
+
+def some(gradient: torch.Tensor | None) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros(0)
+    values = gradient.flatten()
+    return torch.cat([values[:: 1 + len(values) // 200], values.norm().unsqueeze(0)])
 
 
 def tiny_config(scenes: str, output: str, **changes) -> TrainConfig:
     """Six steps of four images."""
     values = {
         **{"data": scenes, "output": output, "backbone": "resnet18", "set": TINY, "backbone_weights": "none"},
-        **{"steps": 6, "batch_size": 4, "lr": 1e-3, "warmup_steps": 4, "log_every": 2, "device": "cpu"},
+        **{"steps": 6, "batch_size": 4, "lr": 1e-4, "warmup_steps": 4, "log_every": 2, "device": "cpu"},
     }
     return TrainConfig(**{**values, **changes})
 
@@ -99,7 +111,7 @@ def everything(folder: Path, scenes: str) -> None:
     Trainer(tiny_config(scenes, str(folder / "run"), val=scenes, workers=rank)).run()
     (folder / f"poisoned{rank}").write_text(poisoned_run(scenes, str(folder / "poisoned run")))
 
-    model = SparseRCNN.from_pretrained(folder / "run" / "model")
+    model = SparseRCNN.from_pretrained(default_weights())
     three = open_dataset(scenes, "valid")
     one = open_dataset(scenes, "valid").without([1, 2])  # leaves nothing to the second process
     found = [evaluate(model, data, batch_size) for data in (three, one) for batch_size in (1, 2)]

@@ -21,6 +21,7 @@ from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.stages import evaluate_stages
 from sparse_rcnn.engine.trainer import Trainer
 from sparse_rcnn.models import SparseRCNN
+from sparse_rcnn.runtime import default_weights
 from tests.engine import distributed_worker as worker
 from tests.engine.conftest import TINY
 
@@ -56,18 +57,17 @@ def unchanged(image, target, generator):
 
 
 def close(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    """The largest difference, as a share of the largest value of its tensor's kind: the report, or any gradient."""
+    """The largest difference of a value, as a share of the largest value of its tensor."""
     assert len(first) == len(second) > 60 and [a.shape for a in first] == [b.shape for b in second]
-    report = (first[0] - second[0]).abs().max() / first[0].abs().max()
-    gradients = [torch.cat([gradient.flatten() for gradient in values[1:]]) for values in (first, second)]
-    assert gradients[0].abs().max() > 0
-    return max(float(report), float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()))
+    assert sum(bool(gradient.any()) for gradient in first) > 40
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if len(a)]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs)
 
 
-# In float64 the class loss is still of float32.
+# The class loss is of float32 even in float64. In float32 it is rounding, which the untrained ResNet's layers multiply.
 @pytest.mark.parametrize(("name", "dtype"), worker.CASES)
 def test_gradients_do_not_depend_on_how_a_step_is_divided(two, name, dtype):
-    tolerance = 1e-8 if dtype == torch.float64 else 1e-6
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-5
     results = [torch.load(two / f"gradients{rank}.pt") for rank in range(2)]
     whole = worker.gradients(name, dtype, accumulate=1)
     for accumulate in (1, 2):
@@ -86,17 +86,17 @@ def test_a_run_of_two_processes_is_that_of_one(two, scenes, tmp_path):
     assert [(r["kind"], r["step"]) for r in logs[0]] == [("train", 2), ("train", 4), ("train", 6), ("val", 6)]
     for one, other in zip(*logs, strict=True):
         for record in (one, other):
-            del record["seconds"]
+            del record["seconds"], record["kind"]
             record.pop("images_per_second", None)
         assert one.keys() == other.keys()
-        if one["kind"] == "train":
+        if "loss" in one:
             assert other == pytest.approx(one, rel=1e-3)
     one, other = (load_checkpoint(run / "last.pt") for run in (tmp_path / "one", two / "run"))
     assert one["step"] == other["step"] == 6 and len(one["optimizer"]["state"]) == len(other["optimizer"]["state"])
     for name, value in one["model"].items():
         # AdamW's first steps are of the gradient's sign, and some gradients are zero but for rounding.
         distance = (other["model"][name] - value).abs()
-        assert distance.max() <= 2 * 6e-3 and distance.mean() < 1e-5, name
+        assert distance.max() <= 2 * 6e-4 and distance.mean() < 1e-6, name
 
 
 def test_what_is_not_finite_in_one_process_stops_all_and_names_its_images(two, scenes):
@@ -110,21 +110,21 @@ def test_what_is_not_finite_in_one_process_stops_all_and_names_its_images(two, s
 
 def test_evaluation_is_that_of_one_process(two, scenes):
     first, second = (torch.load(two / f"evaluation{rank}.pt", weights_only=False) for rank in range(2))
-    model = SparseRCNN.from_pretrained(two / "run" / "model")
+    model = SparseRCNN.from_pretrained(default_weights())
     sets = open_dataset(str(scenes), "valid"), open_dataset(str(scenes), "valid").without([1, 2])
     alone = [evaluate(model, data, batch_size) for data in sets for batch_size in (1, 2)]
-    assert all(len(result.detections) > 5 for result in alone)
+    assert all(result.metrics["AP"] > 0.1 for result in alone)
     assert first[:4] == alone
     assert [result.to_dict() | {"num_detections": 0} for result in alone] == [r.to_dict() for r in second[:4]]
     stages = [evaluate_stages(model, data) for data in sets]
-    assert first[4:] == second[4:] == stages and len(stages[0]) == 2
+    assert first[4:] == second[4:] == stages and len(stages[0]) == 6
 
 
 @pytest.fixture
 def arguments(scenes, tmp_path) -> list[str]:
     """Of the run of ``worker.tiny_config``, with checkpoints."""
     fields = {"data": scenes, "output": tmp_path / "run", "backbone": "resnet18", "backbone-weights": "none"}
-    fields |= {"device": "cpu", "steps": 6, "batch-size": 4, "lr": 1e-3, "log-every": 2, "warmup-steps": 4}
+    fields |= {"device": "cpu", "steps": 6, "batch-size": 4, "lr": 1e-4, "log-every": 2, "warmup-steps": 4}
     fields |= {"checkpoint-every": 3}
     flags = [f"--{name}={value}" for name, value in fields.items()]
     return [*flags, "--set", *(f"{name}={value}" for name, value in TINY.items())]
