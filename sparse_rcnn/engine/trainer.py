@@ -29,6 +29,7 @@ from sparse_rcnn.engine.logging import Meter, NoLog, RunLog
 from sparse_rcnn.engine.micro_batches import prepare_step
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
 from sparse_rcnn.engine.step import Report, Reports, TrainStep
+from sparse_rcnn.inference.memory import keep_freed_memory
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
 
@@ -96,6 +97,8 @@ class Trainer:
             raise ValueError(
                 f"data: expected at least one image, got none in {self.dataset.source}" + (f": {why}" if why else "")
             )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         if checkpoint is not None:
