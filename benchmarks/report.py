@@ -54,7 +54,7 @@ def readme_table(report: Mapping[str, Any]) -> str:
     for operator, case, dtype, modes in _headlines(report):
         cells = [f"`{operator}`", case, dtype, *(_speed(modes.get(mode)) for mode in ("forward", "both"))]
         lines.append(f"| {' | '.join([*cells, _memory(modes.get('forward'))])} |")
-    return "\n".join([*lines, "", *_made_by(report["environment"], COMMAND)])
+    return "\n".join([*lines, "", *made_by(report["environment"], COMMAND)])
 
 
 def model_table(report: Mapping[str, Any]) -> str:
@@ -72,12 +72,13 @@ def model_table(report: Mapping[str, Any]) -> str:
         seconds, memory = figures["start_up_s"], figures["peak_rss_gib"]
         lines.append(f"| {' | '.join([name, *speeds, f'{seconds:.1f} s', f'{memory:.2f} GiB'])} |")
     height, width = report["size"]
-    made_by = _made_by(report["environment"], COMMAND_MODEL)
-    made_by[0] = f"Preset `{report['preset']}`, one image of {height}x{width}, speed against `reference`. {made_by[0]}"
-    return "\n".join([*lines, "", *made_by])
+    note = made_by(report["environment"], COMMAND_MODEL)
+    note[0] = f"Preset `{report['preset']}`, one image of {height}x{width}, speed against `reference`. {note[0]}"
+    return "\n".join([*lines, "", *note])
 
 
-def _made_by(env: Mapping[str, Any], command: str) -> list[str]:
+def made_by(env: Mapping[str, Any], command: str) -> list[str]:
+    """The lines under a table: on what, and by which command."""
     commit = (env["commit"] or "unknown")[:7] + (" with changes" if env["dirty"] else "")
     machine = env.get("gpu") or f"{env['processor']} ({env['isa']}), {env['threads']} threads"
     return [f"Times in one run on {machine}, torch {env['torch']}, commit {commit}; made by", f"`{command}`."]

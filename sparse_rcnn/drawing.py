@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,14 @@ def draw_detections(image: Any, detections: Detections) -> Image.Image:
 
 
 def draw_stages(image: Any, detections: Detections) -> Image.Image:
-    """Panels side by side: the learned proposals, then the boxes after each stage.
+    """The panels of :func:`stage_panels` side by side, each under its caption."""
+    return _strip(stage_panels(image, detections))
 
-    Only proposals that ended as one of ``detections`` are shown (so filtering those filters the strip), each in one
+
+def stage_panels(image: Any, detections: Detections) -> list[tuple[str, Image.Image]]:
+    """A captioned panel of the learned proposals, then one of the boxes after each stage.
+
+    Only proposals that ended as one of ``detections`` are shown (so filtering those filters the panels), each in one
     colour through all panels. Stages carry the proposal's best score, the last one the class name too.
 
     Raises:
@@ -68,9 +74,7 @@ def draw_stages(image: Any, detections: Detections) -> Image.Image:
     """
     if detections.stage_boxes is None:
         raise ValueError("detections: expected some with stages, predict with return_stages=True")
-    picture = _canvas(image, detections.image_size)
-    scale = min(PANEL_SIDE / max(picture.size), 2.0)
-    picture = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.LANCZOS)
+    picture, scale = _panel(_canvas(image, detections.image_size))
     chosen = _best_of_each_proposal(detections)  # positions in detections
     proposals = detections.proposal_index[chosen]
     colours = [colour_of(rank) for rank in range(len(chosen))]
@@ -86,10 +90,29 @@ def draw_stages(image: Any, detections: Detections) -> Image.Image:
         panel = picture.copy()
         _draw_boxes(panel, boxes * scale, colours, labels)
         drawn.append((caption, panel))
-    return _strip(drawn)
+    return drawn
 
 
-def _canvas(image: Any, size: tuple[int, int]) -> Image.Image:
+def annotation_panel(image: Any, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+    """What an image was annotated with, at the size of :func:`stage_panels` and in the colours of the classes.
+
+    Args:
+        image: PIL image, uint8 [H, W, 3] RGB array or path.
+        boxes, labels: [M, 4] xyxy in pixels, [M].
+    """
+    panel, scale = _panel(_canvas(image))
+    _draw_boxes(panel, boxes * scale, [colour_of(int(k)) for k in labels], [class_names[int(k)] for k in labels])
+    return panel
+
+
+def _panel(picture: Image.Image) -> tuple[Image.Image, float]:
+    """The picture at the size of a panel, and by what it was scaled."""
+    scale = min(PANEL_SIDE / max(picture.size), 2.0)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(size, Image.Resampling.LANCZOS), scale
+
+
+def _canvas(image: Any, size: tuple[int, int] | None = None) -> Image.Image:
     from sparse_rcnn.data.decode import decode_image
 
     if isinstance(image, np.ndarray):
@@ -98,7 +121,7 @@ def _canvas(image: Any, size: tuple[int, int]) -> Image.Image:
         canvas = image.copy()
     else:
         canvas = Image.fromarray(decode_image(image))
-    if (canvas.height, canvas.width) != size:
+    if size is not None and (canvas.height, canvas.width) != size:
         raise ValueError(f"image: expected {size[0]}x{size[1]} (height x width), got {canvas.height}x{canvas.width}")
     return canvas
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from sparse_rcnn.engine.checkpoint import load_finetune_weights
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
@@ -18,13 +20,13 @@ def build_model(config: TrainConfig, class_names: Sequence[str]) -> tuple[Sparse
     """The model of ``config`` for ``class_names``, and a line for each thing its user should know.
 
     With ``config.weights`` the checkpoint gives configuration and weights. Its class layers are kept if it has the
-    same classes in the same order (or the same number, where it has no names), and start anew otherwise; everything
-    else must fit.
+    same classes in the same order (or the same number, where it has no names), and start anew otherwise. Of another
+    number of proposals the first are kept, see :func:`fit_proposals`. Everything else must fit.
 
     Raises:
         ValueError: an unknown preset, field or backbone, or weights that do not fit.
     """
-    overrides = {name: parse_field(value) for name, value in config.set.items()}
+    overrides = dict(config.set)
     fixed = [name for name in ("num_classes", "class_names") if name in overrides]
     if fixed:
         raise ValueError(f"set: {fixed[0]} comes from the data set and cannot be set")
@@ -37,16 +39,6 @@ def build_model(config: TrainConfig, class_names: Sequence[str]) -> tuple[Sparse
     preset = SparseRCNNConfig.preset(config.preset)
     model = SparseRCNN(_with_classes(preset, tuple(class_names), overrides))
     return model, _load_backbone(model, config.backbone_weights)
-
-
-def parse_field(value: Any) -> Any:
-    """The value of a command-line ``key=value``: JSON where it is JSON, else the text itself."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def _with_classes(
@@ -65,14 +57,38 @@ def _fine_tuned(path: str, class_names: tuple[str, ...], overrides: dict[str, An
         same = source.num_classes == len(class_names)
     else:
         same = tuple(source.class_names) == class_names
+    state_dict, fitted = fit_proposals(model, state_dict)
     fresh = load_finetune_weights(model, state_dict, reset_classes=not same)
-    notes = [f"fine-tuning {path}"]
+    notes = [f"fine-tuning {path}", *fitted]
     if fresh:
         notes.append(
             f"class_logits re-initialised in {model.config.num_stages} stages: {source.num_classes} classes in the "
             f"weights, {len(class_names)} {'others ' if source.num_classes == len(class_names) else ''}in the data"
         )
     return model, notes
+
+
+def fit_proposals(model: SparseRCNN, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of another number of proposals for the proposals of ``model``, and a line that says so.
+
+    Those that both have are taken in their order. What the model has more of keeps its fresh initialisation: boxes as
+    ``proposal_init`` says, features from the standard normal distribution.
+    """
+    fitted, own = dict(state_dict), model.state_dict()
+    for name in ("init_proposal_boxes.weight", "init_proposal_features.weight"):
+        given, fresh = state_dict.get(name), own[name]
+        # Anything else that does not fit is for the loading of the weights to report.
+        if given is not None and given.shape[1:] == fresh.shape[1:]:
+            common = min(len(given), len(fresh))
+            fitted[name] = torch.cat([given[:common].to(fresh.dtype), fresh[common:]])
+    given, wanted = len(state_dict.get("init_proposal_boxes.weight", ())), model.config.num_proposals
+    if given in (0, wanted):
+        return fitted, []
+    if given > wanted:
+        rest = f"the first {wanted} are kept, {given - wanted} dropped"
+    else:
+        rest = f"{wanted - given} start anew ({model.config.proposal_init} boxes, random features)"
+    return fitted, [f"proposals: {given} in the weights, {wanted} here; {rest}"]
 
 
 def _load_backbone(model: SparseRCNN, source: str) -> list[str]:

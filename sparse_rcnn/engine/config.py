@@ -19,9 +19,11 @@ class TrainConfig:
     """Everything that determines a training run; the flags of ``python -m sparse_rcnn.train`` are these fields.
 
     ``batch_size`` counts the images of an optimizer step, whatever number of processes and micro-batches they are
-    divided among: neither changes what is trained. ``lr`` is for that size and is never scaled by itself. The paper's
-    recipe is 2.5e-5 for batches of 16, 270,000 steps, decay at 210,000 and 250,000; for batches of B start from
-    2.5e-5 * B / 16 when fine-tuning, and from more for a small model trained from scratch.
+    divided among: neither changes what is trained.
+
+    A recipe states ``base_lr`` for a batch of ``base_batch`` images, ``epochs``, and the parts ``decay_at`` of the run
+    after which the learning rate falls; :func:`~sparse_rcnn.engine.schedule.resolve` makes ``lr``, ``steps`` and
+    ``decay_steps`` of them. Those three are taken as they are where they are given.
 
     Raises:
         ValueError: a field has a value that no run can be made from.
@@ -35,16 +37,25 @@ class TrainConfig:
     backbone: str | None = _option(None, "resnet18/34/50/101 or a timm name, instead of the preset's")
     backbone_weights: str = _option("auto", "auto (ImageNet weights, if a package has them), none, or a file")
     set: dict[str, Any] = _option({}, "fields of SparseRCNNConfig, as in num_proposals=50 min_size=256")
-    steps: int = _option(10_000, "optimizer steps")
+    epochs: float = _option(36.0, "passes over the data")
+    steps: int | None = _option(None, "optimizer steps, instead of epochs")
     batch_size: int = _option(2, "images a step, of all processes and micro-batches together")
     accumulate: int = _option(1, "micro-batches, one after the other, that a process divides its images of a step into")
-    lr: float = _option(1e-4, "learning rate after warm-up; not scaled with the batch size")
+    base_lr: float | None = _option(
+        None,
+        "learning rate after warm-up for batches of base_batch images, in proportion for others; default 2.5e-5 "
+        "for models as wide as the paper's, 8e-4 for narrower ones",
+    )
+    base_batch: int = _option(16, "images that base_lr is for")
+    lr: float | None = _option(None, "learning rate after warm-up, instead of base_lr, for whatever batch")
     backbone_lr_factor: float = _option(1.0, "multiplies lr for the backbone's body")
     weight_decay: float = _option(1e-4, "decoupled weight decay, on every parameter")
     warmup_steps: int = _option(1000, "steps of linear warm-up")
     warmup_factor: float = _option(0.01, "part of lr that warm-up starts from")
-    decay_steps: tuple[int, ...] = _option((), "steps at which lr falls to a tenth")
+    decay_at: tuple[float, ...] = _option((), "parts of the run, 0 to 1, after which lr falls to a tenth")
+    decay_steps: tuple[int, ...] | None = _option(None, "steps at which lr falls to a tenth, instead of decay_at")
     clip_norm: float = _option(1.0, "largest gradient norm of the full model")
+    ema_decay: float = _option(0.0, "moving average of the weights to evaluate and keep, as 0.9998; 0 is none")
     flip: float = _option(0.5, "probability of a horizontal flip")
     crop: bool = _option(False, "random crops before resizing in half of the images, as in the 300-proposal recipe")
     min_sizes: tuple[int, ...] | None = _option(None, "shorter sides to draw from; default 0.6 to 1 of the test size")
@@ -69,16 +80,21 @@ class TrainConfig:
     resume: bool = _option(False, "continue from last.pt in the output folder")
 
     def __post_init__(self) -> None:
-        for name in ("decay_steps", "min_sizes"):
+        for name in ("decay_at", "decay_steps", "min_sizes"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-        for name in ("lr", "clip_norm"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("lr", "base_lr", "clip_norm", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not all(0 < part <= 1 for part in self.decay_at):
+            raise ValueError(f"decay_at: expected parts of the run, above 0 and at most 1, got {self.decay_at}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected at least 0 and below 1, got {self.ema_decay}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size: expected a multiple of accumulate {self.accumulate}, got {self.batch_size}")
         if self.cuda_graph and self.accumulate > 1:
@@ -98,5 +114,5 @@ class TrainConfig:
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
     **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
-    **{"time_limit": 0, "cache_mb": 0, "accumulate": 1},
+    **{"time_limit": 0, "cache_mb": 0, "base_batch": 1, "accumulate": 1},
 }

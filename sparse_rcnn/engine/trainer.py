@@ -24,10 +24,12 @@ from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.engine.cuda_graph import CudaCapture, GraphedStep, ShapeBuckets, refusal
+from sparse_rcnn.engine.ema import build_ema
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.logging import Meter, NoLog, RunLog
 from sparse_rcnn.engine.micro_batches import prepare_step
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
+from sparse_rcnn.engine.schedule import resolve
 from sparse_rcnn.engine.step import Report, Reports, TrainStep
 from sparse_rcnn.inference.memory import keep_freed_memory
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
@@ -49,15 +51,19 @@ class Trainer:
     Of several processes (:func:`sparse_rcnn.engine.distributed.start`) each has one, and a part of every batch; the
     first writes and says what there is.
 
-    In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights for ``from_pretrained``), ``best/``
-    (the weights of the best validation AP) and ``log.jsonl``.
+    In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights, or their moving average where there
+    is one, for ``from_pretrained``), ``best/`` (those of the best validation AP) and ``metrics.jsonl``.
+
+    Attributes:
+        given: the configuration as it was given, which the checkpoint keeps and a resumed run resolves again.
+        config: with numbers for the learning rate and the steps, see :func:`resolve`.
 
     Raises:
         ValueError: a value of the configuration, the data set or the checkpoint cannot be used.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+        self.given = config
         self.output = Path(config.output)
         self.checkpoint_path = self.output / "last.pt"
         if self.checkpoint_path.exists() and not config.resume:
@@ -97,12 +103,15 @@ class Trainer:
             raise ValueError(
                 f"data: expected at least one image, got none in {self.dataset.source}" + (f": {why}" if why else "")
             )
+        config, notes = resolve(config, model.config, len(self.dataset))
+        self.config, self.notes = config, self.notes + notes
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.ema = build_ema(self.model, config.ema_decay, (checkpoint or {}).get("ema"))
         self.plain_step = TrainStep(self.model, self.optimizer, config.clip_norm, config.dtype == "bfloat16")
         self.graphed_step, self.buckets = None, None
         if config.cuda_graph:
@@ -121,6 +130,11 @@ class Trainer:
         self.step, self.best_ap = checkpoint["step"], checkpoint["best_ap"]
         set_rng_state(checkpoint["rng"])
 
+    @property
+    def eval_model(self) -> SparseRCNN:
+        """What is evaluated and kept: the moving average of the model, or without one the model."""
+        return self.model if self.ema is None else self.ema.module
+
     def run(self) -> int | None:
         """Train until the last step, the time limit, SIGTERM or SIGINT; each ends with a checkpoint.
 
@@ -137,7 +151,7 @@ class Trainer:
         config = self.config
         log = NoLog()
         if distributed.is_main():
-            log = RunLog(self.output / "log.jsonl", self.step, config.steps)
+            log = RunLog(self.output, self.step, config.steps)
         with log, _Stop(config.time_limit) as stop, lost_workers():
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
@@ -191,6 +205,8 @@ class Trainer:
         else:
             self.graphed_step(*batches)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
         self.reports.add(self.step, image_ids, self.plain_step)
 
     def save(self) -> None:
@@ -201,15 +217,16 @@ class Trainer:
             self.checkpoint_path,
             {
                 "model": self.model.state_dict(),
+                "ema": {} if self.ema is None else self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "best_ap": self.best_ap,
                 "rng": rng_state(),
                 "model_config": self.model.config.to_dict(),
-                "train_config": dataclasses.asdict(self.config),
+                "train_config": dataclasses.asdict(self.given),
             },
         )
-        self.model.save_pretrained(self.output / "model")
+        self.eval_model.save_pretrained(self.output / "model")
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
         config, test = self.config, self.model.config
@@ -232,7 +249,7 @@ class Trainer:
 
     def _validate(self, log: RunLog) -> None:
         start = time.monotonic()
-        result = evaluate(self.model, self.val_dataset, dtype=self.config.dtype, progress=True)
+        result = evaluate(self.eval_model, self.val_dataset, dtype=self.config.dtype, progress=True)
         log.record(
             {
                 "kind": "val",
@@ -253,7 +270,7 @@ class Trainer:
         if best:
             self.best_ap = result.metrics["AP"]
         if best and distributed.is_main():
-            self.model.save_pretrained(self.output / "best")
+            self.eval_model.save_pretrained(self.output / "best")
 
     def _check(self, report: Report) -> None:
         if report.problem is not None:

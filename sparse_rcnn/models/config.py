@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_rcnn.suggestions import did_you_mean
+
 # dw and dh are clamped before exp(): the official code only from above, at log(100000 / 16); mmdetection on both
 # sides, at log(1000 / 16).
 OFFICIAL_DELTA_CLAMP = (None, math.log(100000.0 / 16))
@@ -150,7 +152,8 @@ class SparseRCNNConfig:
         """The inverse of :meth:`to_dict`; absent fields take their defaults, unknown ones raise ``ValueError``."""
         if not isinstance(values, dict):
             raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [f"{name}{did_you_mean(name, names)}" for name in sorted(set(values) - set(names))]
         if unknown:
             raise ValueError(f"config: unknown fields {', '.join(unknown)}")
         try:
@@ -162,7 +165,7 @@ class SparseRCNNConfig:
     def preset(cls, name: str, **overrides: Any) -> SparseRCNNConfig:
         """A named configuration (see ``PRESETS``), with ``overrides`` on top of it."""
         if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
-from sparse_rcnn.engine.build import build_model, parse_field
+from sparse_rcnn.engine.build import build_model
+from sparse_rcnn.engine.trainer import Trainer
+from sparse_rcnn.weights import export_checkpoint
 
 
 @pytest.fixture
@@ -65,10 +67,57 @@ def test_the_same_classes_keep_their_layer(checkpoint, tiny_config):
 
 def test_overrides_that_keep_the_shapes_apply_and_others_are_refused(checkpoint, tiny_config):
     folder, _ = checkpoint
-    model, _ = fine_tune(tiny_config, folder, ("cat", "dog", "cow"), min_size="48", giou_weight="1.5")
+    model, _ = fine_tune(tiny_config, folder, ("cat", "dog", "cow"), min_size=48, giou_weight=1.5)
     assert model.config.min_size == 48 and model.config.giou_weight == 1.5
-    with pytest.raises(ValueError, match=r"init_proposal_boxes\.weight: expected shape \(7, 4\), got \(10, 4\)"):
-        fine_tune(tiny_config, folder, ("cat", "dog", "cow"), num_proposals="7")
+    with pytest.raises(ValueError, match=r"init_proposal_features\.weight: expected shape \(10, 64\), got \(10, 32\)"):
+        fine_tune(tiny_config, folder, ("cat", "dog", "cow"), hidden_dim=64)
+
+
+PROPOSALS = ("init_proposal_boxes.weight", "init_proposal_features.weight")
+
+
+def trained_proposals(source) -> None:
+    """Give every proposal a box and a feature of its own, as training does."""
+    with torch.no_grad():
+        source.init_proposal_boxes.weight.copy_(torch.rand(source.init_proposal_boxes.weight.shape))
+
+
+@pytest.mark.parametrize("family", ["own", "official", "mmdet"])
+@pytest.mark.parametrize(
+    ("count", "note"),
+    [
+        (7, "proposals: 10 in the weights, 7 here; the first 7 are kept, 3 dropped"),
+        (16, "proposals: 10 in the weights, 16 here; 6 start anew (image boxes, random features)"),
+    ],
+)
+def test_proposals_are_dropped_or_added_and_classes_replaced_in_any_format(
+    checkpoint, tiny_config, tmp_path, family, count, note
+):
+    folder, source = checkpoint
+    trained_proposals(source)
+    source.save_pretrained(folder)
+    if family != "own":
+        folder = export_checkpoint(source.config, source.state_dict(), tmp_path / "source.pth", family)
+    # Official files do not say how proposals are initialised, nor at what size they were tested.
+    model, notes = fine_tune(tiny_config, folder, ("ship", "train"), num_proposals=count, min_size=64, max_size=96)
+    assert notes[1:] == [*(note, "class_logits re-initialised in 2 stages: 3 classes in the weights, 2 in the data")]
+    kept = min(count, 10)
+    for name in PROPOSALS:
+        given, fitted = source.state_dict()[name], model.state_dict()[name]
+        assert len(fitted) == count and torch.equal(fitted[:kept], given[:kept])
+    boxes, features = (model.state_dict()[name][kept:] for name in PROPOSALS)
+    assert torch.equal(boxes, torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(count - kept, 4))
+    if count > kept:
+        assert 0.7 < features.std() < 1.3 and len(features.unique()) == features.numel()
+    rest = [{k: v for k, v in other_layers(m).items() if k not in PROPOSALS} for m in (model, source)]
+    assert all(equal(*rest))
+
+
+def test_a_model_with_other_proposals_trains(checkpoint, tiny_config, scenes):
+    folder, _ = checkpoint
+    trainer = Trainer(tiny_config(weights=str(folder), backbone=None, set={"num_proposals": 16}, steps=1))
+    trainer.run()
+    assert trainer.model.config.num_proposals == 16 and trainer.step == 1
 
 
 def test_a_preset_takes_the_classes_of_the_data(tiny_config):
@@ -95,9 +144,9 @@ def test_named_backbone_weights_are_loaded_or_refused(tiny_config, tmp_path):
     ("changes", "message"),
     [
         ({"preset": "huge"}, "preset: expected one of .*, got 'huge'"),
-        ({"set": {"num_proposal": "3"}}, "unknown fields num_proposal"),
+        ({"set": {"num_proposal": 3}}, r"unknown fields num_proposal \(did you mean num_proposals\?\)"),
         ({"set": {"num_proposals": "many"}}, "num_proposals: expected an integer >= 1, got 'many'"),
-        ({"set": {"num_classes": "3"}}, "set: num_classes comes from the data set"),
+        ({"set": {"num_classes": 3}}, "set: num_classes comes from the data set"),
         ({"backbone": "resnet7"}, "backbone: .*'resnet7'"),
         ({"weights": "w", "backbone": "resnet18"}, "backbone: cannot be given with weights"),
     ],
@@ -105,10 +154,3 @@ def test_named_backbone_weights_are_loaded_or_refused(tiny_config, tmp_path):
 def test_a_model_that_cannot_be_built_is_refused(tiny_config, changes, message):
     with pytest.raises(ValueError, match=message):
         build_model(tiny_config(**changes), ("cat", "dog"))
-
-
-def test_fields_are_read_as_json_where_they_are_json():
-    assert [parse_field(text) for text in ("50", "0.5", "true", "null", "grid", "[1, 2]")] == [
-        *(50, 0.5, True, None, "grid", [1, 2])
-    ]
-    assert parse_field(7) == 7

@@ -271,12 +271,13 @@ def assert_same_run(first, second) -> None:
     first, second = (load_checkpoint(f"{run}/last.pt") for run in (first, second))
     assert first["step"] == second["step"]
     assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    assert all(torch.equal(value, second["ema"][name]) for name, value in first["ema"].items())
     for place, state in first["optimizer"]["state"].items():
         assert all(torch.equal(value, second["optimizer"]["state"][place][name]) for name, value in state.items())
 
 
 def test_a_run_with_graphs_is_the_run_without_on_the_same_padding(tiny_config, tmp_path, stand_in, monkeypatch):
-    options = {"cuda_graph": True, "steps": 10, "min_sizes": (48, 64)}
+    options = {"cuda_graph": True, "steps": 10, "min_sizes": (48, 64), "ema_decay": 0.9}
     graphs, plain = str(tmp_path / "graphs"), str(tmp_path / "plain")
     Trainer(tiny_config(output=graphs, **options)).run()
     assert stand_in[0].replays >= 3

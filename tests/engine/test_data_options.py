@@ -17,7 +17,7 @@ from tests.data_formats import WRITERS, make_splits
 def losses_of(config: TrainConfig) -> list[dict[str, float]]:
     """The logged figures of a run, but for its timings."""
     Trainer(config).run()
-    log = (Path(config.output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = (Path(config.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in log]
 
 

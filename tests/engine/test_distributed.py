@@ -80,7 +80,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(two, name, dtype):
 def test_a_run_of_two_processes_is_that_of_one(two, scenes, tmp_path):
     Trainer(worker.tiny_config(str(scenes), str(tmp_path / "one"), val=str(scenes))).run()
     logs = [
-        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (tmp_path / "one", two / "run")
     ]
     assert [(r["kind"], r["step"]) for r in logs[0]] == [("train", 2), ("train", 4), ("train", 6), ("val", 6)]
@@ -148,7 +148,7 @@ def test_killed_processes_are_started_again_and_end_with_the_same_weights(two, a
     uninterrupted, restarted = (load_checkpoint(run / "last.pt") for run in (two / "run", tmp_path / "run"))
     for name, value in uninterrupted["model"].items():
         assert torch.equal(restarted["model"][name], value), name
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
     assert said(done.stderr) == 2 * ["another process of this run ended before its time"]
 

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from sparse_rcnn import evaluate, train
+from sparse_rcnn.engine.arguments import TrainParser, read_arguments, recipes
 from sparse_rcnn.engine.checkpoint import load_checkpoint
 from sparse_rcnn.engine.config import TrainConfig
 
@@ -30,21 +32,65 @@ def one_line_error(capsys, command) -> str:
     return error
 
 
+def config_of(*arguments: str) -> TrainConfig:
+    return train.config_from_flags(read_arguments(["--data", "d", "--output", "o", *arguments]))
+
+
 def test_every_field_is_a_flag_with_the_default_of_the_dataclass():
-    flags = {action.dest for action in train.build_parser()._actions} - {"help"}
-    assert flags == {field.name for field in dataclasses.fields(TrainConfig)}
-    config = train.config_from_flags(vars(train.build_parser().parse_args(["--data", "d", "--output", "o"])))
-    assert config == TrainConfig(data="d", output="o")
+    flags = {action.dest for action in TrainParser()._actions if action.option_strings}
+    assert flags - {"help", "config", "print_config"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert config_of() == TrainConfig(data="d", output="o")
+    assert read_arguments(["--output", "o", "--no-crop"]) == {"output": "o", "crop": False}, "nothing that is not given"
 
 
 def test_flags_are_typed():
-    arguments = "--data d --output o --steps 7 --lr 3e-4 --decay-steps 4 6 --min-sizes 64 80 --max-size 96 --crop"
-    arguments += " --set a=1 b=x --set c=[1,2] --time-limit 1.5 --val v --no-resume"
-    config = train.config_from_flags(vars(train.build_parser().parse_args(arguments.split())))
-    assert config == TrainConfig(
+    arguments = "--steps 7 --lr 3e-4 --decay-steps 4 6 --min-sizes 64 80 --max-size 96 --crop"
+    arguments += " --set a=1 b-c=x --set d=[1,2] e=null f=1e-3 --time-limit 1.5 --val v --no-resume"
+    assert config_of(*arguments.split()) == TrainConfig(
         **{"data": "d", "output": "o", "steps": 7, "lr": 3e-4, "decay_steps": (4, 6), "min_sizes": (64, 80)},
-        **{"max_size": 96, "crop": True, "set": {"a": "1", "b": "x", "c": "[1,2]"}, "time_limit": 1.5, "val": "v"},
+        **{"set": {"a": 1, "b_c": "x", "d": [1, 2], "e": None, "f": 1e-3}},
+        **{"max_size": 96, "crop": True, "time_limit": 1.5, "val": "v"},
     )
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 5\nbatch_size: 4\nmin_sizes: [64, 80]\nset: {num_stages: 3, min_size: 64}\n")
+    return str(path)
+
+
+def test_files_and_flags_are_laid_over_each_other(mine):
+    config = config_of("--config", "paper_300", "--config", mine, "--epochs", "12", "--set", "min_size=96")
+    assert (config.preset, config.crop, config.base_lr, config.base_batch) == ("r50_300", True, 2.5e-5, 16)
+    assert (config.epochs, config.batch_size, config.min_sizes) == (12, 4, (64, 80))
+    assert config.set == {"num_stages": 3, "min_size": 96}
+    assert config_of("--epochs", "12", "--config", mine).epochs == 5
+
+
+def test_the_printed_configuration_is_the_one_that_runs(mine, tmp_path, capsys):
+    arguments = ("--config", "small", "--config", mine, "--lr", "1e-4", "--decay-steps", "3", "9", "--set", "a=[1, 2]")
+    with pytest.raises(SystemExit) as exit_:
+        read_arguments([*arguments, "--print_config"])
+    printed = capsys.readouterr().out
+    assert exit_.value.code == 0 and yaml.safe_load(printed)["decay_steps"] == [3, 9]
+    assert yaml.safe_load(printed)["data"] is None
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = ["--config", str(tmp_path / "printed.yaml"), "--output", "o"]
+    with pytest.raises(ValueError, match="--data: expected a folder or file"):
+        train.config_from_flags(read_arguments(again))
+    assert train.config_from_flags(read_arguments([*again, "--data", "d"])) == config_of(*arguments)
+
+
+def test_every_recipe_is_one():
+    assert recipes() == ["paper_100", "paper_300", "small"]
+    paper, small = config_of("--config", "paper_100"), config_of("--config", "small")
+    assert config_of("--config", "paper_300") == dataclasses.replace(paper, preset="r50_300", crop=True)
+    assert (paper.preset, paper.epochs, paper.batch_size) == ("r50_100", 36, 16)
+    assert (paper.base_lr, paper.base_batch) == (2.5e-5, 16)
+    assert (paper.weight_decay, paper.clip_norm, paper.warmup_steps, paper.warmup_factor) == (1e-4, 1.0, 1000, 0.01)
+    assert (paper.augment, paper.flip, paper.min_sizes, paper.ema_decay) == ("paper", 0.5, None, 0.0)
+    assert (small.preset, small.augment, small.base_batch) == ("small", "small", 16) and small.ema_decay > 0.99
 
 
 def test_train_resume_and_evaluate(run, scenes, tmp_path, capsys):
@@ -70,6 +116,15 @@ def test_train_resume_and_evaluate(run, scenes, tmp_path, capsys):
     assert detections[0].keys() == {"image_id", "category_id", "bbox", "score"}
     for name in metrics["per_class"]:
         assert f"\n{name} " in printed
+
+
+def test_what_is_given_on_resume_replaces_what_would_win_over_it(run, tmp_path):
+    assert run() == 0
+    resume = ["--output", str(tmp_path / "run"), "--resume"]
+    config = train.config_from_flags(read_arguments([*resume, "--epochs", "3", "--base-lr", "1e-4"]))
+    assert (config.steps, config.epochs, config.lr, config.base_lr) == (None, 3, None, 1e-4)
+    config = train.config_from_flags(read_arguments([*resume, "--lr", "1e-5"]))
+    assert (config.steps, config.lr, config.batch_size) == (2, 1e-5, 1)
 
 
 def test_what_a_run_is_made_of_cannot_change_on_resume(run, tmp_path, capsys):
@@ -100,19 +155,62 @@ def test_bad_arguments_are_one_line_and_exit_2(arguments, message, capsys, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("main", "name", "arguments"),
+    ("main", "name", "arguments", "message"),
     [
-        (train.main, "train", ["--steps", "many"]),
-        (train.main, "train", ["--stepz", "3"]),
-        (train.main, "train", ["--set", "num_proposals"]),
-        (evaluate.main, "evaluate", ["--data", "d"]),
+        (train.main, "train", ["--steps", "many"], "steps: expected int or null, got many"),
+        (train.main, "train", ["--steps"], "argument --steps: expected one argument"),
+        (train.main, "train", ["--stepz", "3"], "--stepz: no such flag (did you mean --steps?)"),
+        (train.main, "train", ["--batch_size", "3"], "--batch_size: no such flag (did you mean --batch-size?)"),
+        (train.main, "train", ["--qqqqq", "3"], "--qqqqq: no such flag"),
+        (train.main, "train", ["--set", "num_proposals"], "--set: expected KEY=VALUE, got 'num_proposals'"),
+        (
+            train.main,
+            "train",
+            ["--decay-steps", "4", "x"],
+            "decay_steps: expected tuple[int, ...] or null, got [4, 'x']",
+        ),
+        (train.main, "train", ["--config", "paper_30"], "got 'paper_30' (did you mean paper_300?)"),
+        (evaluate.main, "evaluate", ["--data", "d"], "--weights"),
     ],
 )
-def test_flags_that_do_not_parse_are_one_line_and_exit_2(main, name, arguments, capsys):
+def test_flags_that_do_not_parse_are_one_line_and_exit_2(main, name, arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    one_line_error(capsys, name)
+    assert one_line_error(capsys, name).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 4", "error: batchsize: no such field (did you mean batch_size?)"),
+        ("lr: many", "bad.yaml: lr: expected float or null, got many"),
+        ("min_sizes: 64", "bad.yaml: min_sizes: expected tuple[int, ...] or null, got 64"),
+        ("crop: 3", "bad.yaml: Value not boolean: 3."),
+        ("set: 3", "bad.yaml: set: expected dict[str, Any], got 3"),
+        ("- 3", "bad.yaml: Unexpected config: - 3"),
+        ("data: [d", "bad.yaml: Problems parsing config: while parsing a flow sequence"),
+        ("\x00", "bad.yaml: "),
+    ],
+)
+def test_files_that_do_not_parse_are_one_line_and_exit_2(text, message, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--config", str(tmp_path / "bad.yaml")])
+    assert exit_.value.code == 2
+    assert message in one_line_error(capsys, "train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "r50_30"], "got 'r50_30' (did you mean r50_300?)"),
+        (["--set", "num_proposal=5"], "config: unknown fields num_proposal (did you mean num_proposals?)"),
+    ],
+)
+def test_names_that_no_model_has_are_one_line_and_exit_2(arguments, message, scenes, tmp_path, capsys):
+    assert train.main(["--data", str(scenes), "--output", str(tmp_path / "run"), *arguments]) == 2
+    assert one_line_error(capsys, "train").endswith(message)
 
 
 def test_a_cuda_graph_needs_a_gpu(run, tmp_path, capsys):

@@ -17,7 +17,7 @@ from sparse_rcnn.engine.trainer import Trainer, TrainingError
 
 
 def log_of(run) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def timeless(run) -> list[dict]:
@@ -175,7 +175,7 @@ def test_a_step_found_bad_later_is_named_and_left_nothing_behind(
     assert trainer.step == 2
     assert_same(dict(trainer.model.state_dict()), dict(alone.model.state_dict()))
     assert_same(trainer.optimizer.state_dict()["state"], alone.optimizer.state_dict()["state"])
-    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["data_report.txt", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["data_report.txt", "metrics.jsonl"]
     assert log_of(tmp_path / "late") == []
 
 

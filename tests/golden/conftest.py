@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 
@@ -93,3 +94,16 @@ def golden_training() -> dict:
     """The official implementation's losses, gradient norms and AdamW steps."""
     with gzip.open(HERE / "official_r50_100_train.json.gz", "rt") as file:
         return json.load(file)
+
+
+@pytest.fixture
+def scenes_of_80(tmp_path) -> Path:
+    """A COCO data set of one picture and of as many classes as the golden detector has."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "picture.png")
+    content = {
+        "images": [{"id": 1, "file_name": "picture.png", "width": 64, "height": 48}],
+        "categories": [{"id": number, "name": f"class {number}"} for number in range(1, 81)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20]}],
+    }
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    return tmp_path / "one.json"

@@ -1,0 +1,202 @@
+"""Quality on a data set of one's own: this package's detector against torchvision's Faster R-CNN-FPN.
+
+    python -m benchmarks.quality train-peer --data DIR --val DIR --output PEER --images N [--time-limit MINUTES]
+    python -m benchmarks.quality table --ours RUN --peer PEER --val DIR [--json FILE] [--curve FILE] [--readme]
+
+``train-peer`` trains the peer (see ``faster_rcnn.py``) on N images, an image counted each time; the same command
+continues a run that was stopped. Ours is the output folder of ``python -m sparse_rcnn.train``. ``table`` scores the
+best model of each on the validation split with pycocotools, and times both in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.environment import ROOT, environment, write_json
+from benchmarks.faster_rcnn import PeerTrainer, load_peer, peer_batch_size
+from benchmarks.report import made_by, update_readme
+from sparse_rcnn.data.dataset import DetectionDataset
+from sparse_rcnn.data.formats import open_dataset
+from sparse_rcnn.engine.charts import as_file, line_chart
+from sparse_rcnn.engine.checkpoint import load_checkpoint
+from sparse_rcnn.engine.evaluator import evaluate
+from sparse_rcnn.engine.logging import read_records
+from sparse_rcnn.models import SparseRCNN
+from sparse_rcnn.runtime import Predictor
+from sparse_rcnn.weights.atomic import atomic_write
+
+FIGURES = "benchmarks/results/quality_cpu.json"
+OURS, PEER = "Sparse R-CNN", "Faster R-CNN-FPN"
+_WARM_UP, _TIMED_IMAGES = 3, 30
+# Those of sparse_rcnn.train: shorter sides from 0.6 to 1 of the test size.
+_MIN_SIZE, _MAX_SIZE = 320, 448
+_TRAIN_MIN_SIZES = [round(size * _MIN_SIZE / 800) for size in range(480, 801, 32)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or 3 when a run was stopped before its end."""
+    options = build_parser().parse_args(arguments)
+    return options.run(options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    peer = commands.add_parser("train-peer", help="train torchvision's Faster R-CNN-FPN")
+    peer.set_defaults(run=train_peer)
+    peer.add_argument("--data", required=True, help="data set to train on")
+    peer.add_argument("--val", required=True, help="data set to evaluate on")
+    peer.add_argument("--output", required=True, help="folder for checkpoints and the log; a run in it is continued")
+    peer.add_argument("--images", type=int, required=True, help="images to train on, an image counted each time")
+    peer.add_argument("--batch-size", type=int, default=4)
+    peer.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
+    peer.add_argument("--lr", type=float, default=0.01)
+    peer.add_argument("--channels", type=int, default=128, help="of the FPN (default 128)")
+    peer.add_argument("--augment", choices=("paper", "small"), default="paper", help="as of sparse_rcnn.train")
+    peer.add_argument("--min-sizes", type=int, nargs="+", default=_TRAIN_MIN_SIZES, help="as of sparse_rcnn.train")
+    peer.add_argument("--max-size", type=int, default=_MAX_SIZE, help="as of sparse_rcnn.train")
+    peer.add_argument("--group-shapes", action="store_true", help="as of sparse_rcnn.train")
+    peer.add_argument("--cache-mb", type=int, default=0, help="as of sparse_rcnn.train")
+    peer.add_argument("--seed", type=int, default=0)
+    peer.add_argument("--time-limit", type=float, help="minutes after which to stop with a checkpoint")
+    peer.add_argument("--eval-every", type=int, default=500, help="steps")
+    peer.add_argument("--checkpoint-every", type=int, default=100, help="steps")
+    peer.add_argument("--log-every", type=int, default=25, help="steps")
+    table = commands.add_parser("table", help="compare the two")
+    table.set_defaults(run=compare)
+    table.add_argument("--ours", required=True, help="output folder of sparse_rcnn.train")
+    table.add_argument("--peer", required=True, help="output folder of train-peer")
+    table.add_argument("--val", required=True, help="data set to score both on")
+    table.add_argument("--json", type=Path, help="write the figures here too")
+    table.add_argument("--curve", type=Path, help="write the AP against the images seen here, as SVG")
+    table.add_argument("--readme", action="store_true", help="put the table into README.md")
+    return parser
+
+
+def train_peer(options: argparse.Namespace) -> int:
+    """Train until all images were seen or the time is over."""
+    torch.set_num_threads(2)
+    settings = {name: getattr(options, name) for name in ("images", "batch_size", "lr", "optimizer", "channels")}
+    settings |= {name: getattr(options, name) for name in ("augment", "group_shapes", "seed")}
+    settings |= {
+        "min_size": _MIN_SIZE,
+        "max_size": _MAX_SIZE,
+        "train_min_sizes": options.min_sizes,
+        "train_max_size": options.max_size,
+    }
+    trainer = PeerTrainer(options.data, options.val, options.output, settings, options.cache_mb)
+    done = trainer.run(options.time_limit, options.eval_every, options.checkpoint_every, options.log_every)
+    return 0 if done else 3
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Score and time both, and print the table."""
+    torch.set_num_threads(2)
+    dataset = open_dataset(options.val, "valid")
+    ours = SparseRCNN.from_pretrained(Path(options.ours) / "best")
+    peer = load_peer(options.peer, dataset.class_names)
+    report = {
+        "environment": environment(),
+        "val": {"images": len(dataset), "boxes": int(dataset.boxes.target.sum())},
+        "detectors": {
+            OURS: _measure(ours, dataset, options.ours, our_batch_size(options.ours)),
+            PEER: _measure(peer, dataset, options.peer, peer_batch_size(options.peer)),
+        },
+    }
+    table = quality_table(report)
+    print(table)
+    if options.json:
+        write_json(options.json, report)
+    if options.curve:
+        with atomic_write(options.curve) as temporary:
+            temporary.write_text(as_file(curves(report)), encoding="utf-8")
+    if options.readme:
+        update_readme(ROOT / "README.md", table, "quality")
+    return 0
+
+
+def our_batch_size(run: str | Path) -> int:
+    """Images a step of a run of ``sparse_rcnn.train``."""
+    return load_checkpoint(Path(run) / "last.pt")["train_config"]["batch_size"]
+
+
+def _measure(model: nn.Module, dataset: DetectionDataset, run: str, batch_size: int) -> dict[str, Any]:
+    result = evaluate(model, dataset, scorer="pycocotools", progress=True)
+    records = read_records(run)
+    speeds = [record["images_per_second"] for record in records if record["kind"] == "train"]
+    curve = [
+        [record["step"] * batch_size, record["AP"], record["AP50"]] for record in records if record["kind"] == "val"
+    ]
+    return {
+        "metrics": result.metrics,
+        "per_class": result.per_class,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_images": max((record["step"] for record in records), default=0) * batch_size,
+        "images_per_second": _speed(model, dataset),
+        "training_images_per_second": float(np.median(speeds)) if speeds else None,
+        "curve": curve,
+    }
+
+
+def _speed(model: nn.Module, dataset: DetectionDataset) -> float:
+    """Images a second, one at a time, from decoded pixels to detections."""
+    predictor = Predictor(model)
+    images = [dataset[index % len(dataset)][0] for index in range(_WARM_UP + _TIMED_IMAGES)]
+    predictor.predict(images[:_WARM_UP])
+    start = time.perf_counter()
+    predictor.predict(images[_WARM_UP:])
+    return _TIMED_IMAGES / (time.perf_counter() - start)
+
+
+def quality_table(report: Mapping[str, Any]) -> str:
+    """The comparison as Markdown: what both find, class by class, and what they cost."""
+    detectors = report["detectors"]
+    rows = [(name, [f"{each['metrics'][name]:.3f}" for each in detectors.values()]) for name in ("AP", "AP50", "AP75")]
+    for size, name in (("APs", "AP of small objects"), ("APm", "of medium ones"), ("APl", "of large ones")):
+        rows.append((name, [_ap(each["metrics"][size]) for each in detectors.values()]))
+    classes = next(iter(detectors.values()))["per_class"]
+    for name in classes:
+        cells = [
+            f"{_ap(each['per_class'][name]['AP'])} / {_ap(each['per_class'][name]['AP50'])}"
+            for each in detectors.values()
+        ]
+        rows.append((f"{name}: AP / AP50", cells))
+    rows.append(("images trained on", [f"{each['trained_images']:,}" for each in detectors.values()]))
+    rows.append(("parameters", [f"{each['parameters'] / 1e6:.1f} M" for each in detectors.values()]))
+    slowest = min(each["images_per_second"] for each in detectors.values())
+    rows.append(("speed of inference", [f"{each['images_per_second'] / slowest:.2f}x" for each in detectors.values()]))
+    lines = [f"| | {' | '.join(detectors)} |", "|---|" + "---|" * len(detectors)]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    val = report["val"]
+    command = f"python -m benchmarks.quality table --ours RUN --peer PEER --val DIR --json {FIGURES} --readme"
+    note = made_by(report["environment"], command)
+    note[0] = f"{val['images']} validation images with {val['boxes']} boxes, scored by pycocotools. {note[0]}"
+    return "\n".join([*lines, "", *note])
+
+
+def _ap(value: float) -> str:
+    return f"{value:.3f}" if value >= 0 else "–"
+
+
+def curves(report: Mapping[str, Any]) -> str:
+    """AP and AP50 of both against the images they were trained on, as an SVG element."""
+    lines = {
+        f"{name}, {metric}": [(point[0], point[column]) for point in each["curve"]]
+        for name, each in report["detectors"].items()
+        for column, metric in ((1, "AP"), (2, "AP50"))
+    }
+    return line_chart("Validation AP", lines, x_label="images trained on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
