@@ -99,6 +99,8 @@ main() {
     step "GPU tests" 110 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
     step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
     step benchmarks 180 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
+    step "training step" 120 benchmarks.log "$PYTHON" -m benchmarks.train_step --device cuda --batch-size 2 \
+      --json "$OUT/train_step_cuda.json"
     sanitizers
     step "torch.compile" 120 benchmarks.log "$PYTHON" -m benchmarks --device cuda --dtype bfloat16 --compile --quick \
       --json "$OUT/cuda_compiled.json"

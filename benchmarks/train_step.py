@@ -5,7 +5,8 @@
 
 Every implementation is a process of its own, for its memory; it and the reference take turns, and ratios are those of
 one round. The weights are random. ``torch.compile`` of the reference is measured on a GPU, and on a CPU with
-``--compile``; the CUDA graph on a GPU. On a GPU the parts wait for each other and are more than the whole.
+``--compile``; the CUDA graph on a GPU. There the parts are of a step that waits after each of them, the whole is not;
+a compiled or captured step has no parts.
 
 The gate before the timing compares the gradients of the first step: in float32 they differ by less than 1e-3 of the
 reference's (as vectors); in bfloat16 by no more than twice what the reference under autocast differs by.

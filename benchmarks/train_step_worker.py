@@ -93,6 +93,7 @@ class Worker:
         self.first: list[torch.Tensor] | None = None  # report and gradients
         self.step.optimizer.register_step_pre_hook(self._note_gradients)
         self.stamps: dict[str, float] = {}
+        self.stamping = False
         self._watch()
         self.generator = torch.Generator().manual_seed(1)
         self.files = [self._file() for _ in range(batch_size)]
@@ -122,19 +123,27 @@ class Worker:
 
     def seconds(self) -> dict[str, float]:
         """Of one step and its parts; on a GPU the parts are those of a further step, which waits after each."""
-        self.stamps.clear()
         begin = time.perf_counter()
         batch = self.data()
-        start = time.perf_counter()
-        with ops.backend(self.implementation.backend):
-            self.call(batch)
-        end = self._now()
-        found = {"whole": end - start, "data": start - begin}
-        at = self.stamps
-        if len(at) == 3 and not (self.implementation.compiled or self.implementation.graphed):
+        data = time.perf_counter() - begin
+        self.stamping = self.device.type == "cpu"
+        start, end = self._run(batch)
+        found = {"whole": end - start, "data": data}
+        if not self.stamping and not (self.implementation.compiled or self.implementation.graphed):
+            self.stamping = True
+            start, end = self._run(batch)
+        if at := self.stamps:
             found |= {"matching and loss": at["losses"] - at["outputs"], "backward": at["gradients"] - at["losses"]}
             found |= {"forward": at["outputs"] - start, "optimizer": end - at["gradients"]}
         return found
+
+    def _run(self, batch: Batch) -> tuple[float, float]:
+        """When a step began and when it was done."""
+        self.stamps.clear()
+        start = self._now()
+        with ops.backend(self.implementation.backend):
+            self.call(batch)
+        return start, self._now()
 
     def _watch(self) -> None:
         criterion, backward = self.model.criterion, self.step._backward
@@ -151,7 +160,8 @@ class Worker:
         criterion.register_forward_hook(lambda *_: self._stamp("losses"))
 
     def _stamp(self, name: str) -> None:
-        self.stamps[name] = self._now()
+        if self.stamping:
+            self.stamps[name] = self._now()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
