@@ -99,6 +99,7 @@ main() {
     step "GPU tests" 110 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
     step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native
     step benchmarks 180 benchmarks.log "$PYTHON" -m benchmarks --device cuda --json "$OUT/cuda.json"
+    step pipeline 45 benchmarks.log "$PYTHON" -m benchmarks.pipeline --device cuda --batch-size 16 --workers 8 --rounds 3
     step "training step" 120 benchmarks.log "$PYTHON" -m benchmarks.train_step --device cuda --batch-size 2 \
       --json "$OUT/train_step_cuda.json"
     sanitizers

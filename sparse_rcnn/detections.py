@@ -197,6 +197,21 @@ class Detections:
                 values[field] = getattr(self, field).tolist()
         return values
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], class_names: Sequence[str]) -> Detections:
+        """What :meth:`to_dict` gave, back from JSON too: the same numbers."""
+        rows = values["detections"]
+        stages = ("proposal_index", "proposal_boxes", "stage_boxes", "stage_scores")
+        return cls(
+            boxes=[row["box"] for row in rows],
+            scores=[row["score"] for row in rows],
+            labels=[row["label"] for row in rows],
+            class_names=tuple(class_names),
+            image_size=(values["height"], values["width"]),
+            source=values.get("source"),
+            **{field: values[field] for field in stages if field in values},
+        )
+
     def to_json(self) -> str:
         """:meth:`to_dict` on one line."""
         return json.dumps(self.to_dict())

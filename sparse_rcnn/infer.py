@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from sparse_rcnn.data.read_ahead import CAN_HAVE_WORKERS
 from sparse_rcnn.detections import Detections
 from sparse_rcnn.results import PICTURE_FORMATS, CocoWriter, CsvWriter, JsonlWriter, write_picture
+from sparse_rcnn.shards import PartWriter, RankDied, Shards, merge
 from sparse_rcnn.sources import Inputs, expand_inputs, image_ids, output_names, strip_name
 
 COMMAND = "sparse_rcnn.infer"
 _EPILOG = """\
 Exit status: 0 all done, 1 some input failed (named on stderr, the others are done), 2 wrong usage, 130 interrupted.
 COCO image ids are the file names' numbers if each is a number of its own, else 0, 1, 2... in the order of the inputs.
-Without --nms there is no suppression: Sparse R-CNN needs none. --batch-size above 1 pads images of unlike sizes to a
-common one, which changes the detections a little, as in the original."""
+Without --nms there is no suppression: Sparse R-CNN needs none. Results depend on no batch size: images that are padded
+alike share a batch. torchrun --nproc-per-node=K -m sparse_rcnn.infer ... does the same in K processes, on K GPUs where
+there are as many; if one dies, the results of the others are kept as FILE.part*."""
 
 
 class UsageError(Exception):
@@ -38,15 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (see ``--help``)."""
     with contextlib.suppress(AttributeError):  # a file name may hold bytes that the terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        options = parse_arguments(argv)
-        run = _Run(options)
-    except (UsageError, ValueError, OSError) as error:
-        _complain(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return run.execute()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _note(str(message))
+        try:
+            options = parse_arguments(argv)
+            run = _Run(options, Shards.join())
+        except (UsageError, ValueError, OSError) as error:
+            if not (isinstance(error, UsageError) and int(os.environ.get("RANK", "0"))):  # it is the same to all
+                _complain(error)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        return run.execute()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     warm_up = "sizes of images to make ready for before the first, height x width (800x1333,1080x1920)"
     add("--warmup", type=_sizes, default=[], metavar="HxW,...", help=warm_up)
     add("--batch-size", type=int, default=1, metavar="B", help="images a forward pass (default: %(default)s)")
+    workers = "processes that read images (default: by the number of cores and images; 0: this one reads)"
+    add("--workers", type=int, metavar="N", help=workers)
     select = parser.add_argument_group("which detections")
     add = select.add_argument
     threshold = "lowest score, 0..1 (default: %(default)s; COCO evaluation wants 0)"
@@ -143,6 +153,7 @@ class ImageFeed:
 
     Args:
         inputs: from :func:`expand_inputs`, at least one source.
+        shards: to take a share of them; the names and ids are those of all.
         output: directory of drawn images, or the file for a single one; None draws nothing.
         stages: draw the stage strips too.
 
@@ -150,9 +161,9 @@ class ImageFeed:
         UsageError: the output is no place for these images.
     """
 
-    def __init__(self, inputs: Inputs, output: Path | None, stages: bool) -> None:
-        self.sources = inputs.sources
-        self.total = len(inputs.sources)
+    def __init__(self, inputs: Inputs, output: Path | None, stages: bool, shards: Shards | None) -> None:
+        self.sources = shards.own(inputs.sources) if shards else inputs.sources
+        self.total = len(self.sources)
         self.stages = stages
         self.ids = dict(zip(inputs.sources, image_ids(inputs.sources), strict=True))
         self.targets: dict[str, Path] = {}
@@ -160,7 +171,9 @@ class ImageFeed:
             return
         if output.suffix.lower() in PICTURE_FORMATS and not output.is_dir():
             if len(inputs.sources) > 1:
-                raise UsageError(f"--output: expected a directory for {self.total} images, got the file {output}")
+                raise UsageError(
+                    f"--output: expected a directory for {len(inputs.sources)} images, got the file {output}"
+                )
             self.targets[inputs.sources[0]] = output
         elif output.exists() and not output.is_dir():
             raise UsageError(f"--output: expected a directory, {output} is a file")
@@ -196,20 +209,25 @@ def _strip_path(target: Path) -> Path:
 class _Run:
     """One run: everything that can be found wrong beforehand is when it is made, the work is in ``execute``."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, shards: Shards | None) -> None:
         from sparse_rcnn.runtime import Predictor, default_weights  # loads torch: not for -h and wrong flags
 
-        self.options = options
+        self.options, self.shards = options, shards
         self.failures = self.images = self.detections = 0
-        self.writers: list[Any] = []
-        inputs = expand_inputs(options.inputs, options.recursive)
+        self.files: list[Any] = []  # of results; where they are merged, the first process has them
+        self.writers: list[Any] = []  # what this process writes
+        inputs = self._expand_inputs()
         if options.inputs and not inputs.sources:
             raise UsageError(f"no input matched: {'; '.join(inputs.problems) or 'the list is empty'}")
+        if shards and not options.inputs:
+            raise UsageError("a video is for one process")
+        device = shards.device(options.device) if shards else options.device
         self.predictor = Predictor(
             options.weights or default_weights(),
-            device=options.device,
+            device=device,
             dtype=options.dtype,
             batch_size=options.batch_size,
+            workers=_default_workers(device) if options.workers is None else options.workers,
             score_threshold=options.score_threshold,
             top_k=options.top_k,
             classes=options.classes,
@@ -218,34 +236,50 @@ class _Run:
         )
         self.predictor.warm_up(options.warmup)
         if options.inputs:
-            self.feed: Any = ImageFeed(inputs, options.output, options.stages)
+            self.feed: Any = ImageFeed(inputs, options.output, options.stages, shards)
         else:
             from sparse_rcnn.video import VideoFeed
 
             self.feed = VideoFeed(options.video_input, options.output)
-        self._open_writers()
-        for problem in inputs.problems:
-            self._fail(problem)
+        self._open_files()
+        if self.is_first:
+            for problem in inputs.problems:
+                self._fail(problem)
 
-    def _open_writers(self) -> None:
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.shards is None or self.shards.rank == 0
+
+    def _expand_inputs(self) -> Inputs:
+        def expand() -> dict[str, Any]:
+            return dataclasses.asdict(expand_inputs(self.options.inputs, self.options.recursive))
+
+        return Inputs(**(self.shards.share(expand) if self.shards else expand()))
+
+    def _open_files(self) -> None:
         """Open the result files now: a place that cannot be written to shall not be found out at the end."""
-        places = ((CocoWriter, self.options.json), (JsonlWriter, self.options.jsonl), (CsvWriter, self.options.csv))
+        options = self.options
+        wanted = [(CocoWriter, options.json), (JsonlWriter, options.jsonl), (CsvWriter, options.csv)]
+        wanted = [(writer, path) for writer, path in wanted if path is not None]
         try:
-            for writer, path in places:
-                if path is not None:
-                    self.writers.append(writer(path))
+            for writer, path in wanted if self.is_first else ():
+                self.files.append(writer(path))
+            if self.shards and wanted:
+                self.writers.append(PartWriter(wanted[0][1], self.shards))
         except OSError:
-            for writer in self.writers:
-                writer.target.discard()
+            _discard(self.files)
             self.feed.close()
             raise
+        if not self.shards:
+            self.writers = self.files
 
     def execute(self) -> int:
         """Do the work; returns the exit status. Whatever ends it, the results so far are kept."""
         start = time.perf_counter()
         interrupted = False
         # disable=None: no bar where stderr is no terminal.
-        hidden = True if self.options.quiet else None
+        hidden = True if self.options.quiet or not self.is_first else None
         self.bar = tqdm(total=self.feed.total, unit="img", disable=hidden, leave=False, dynamic_ncols=True)
         try:
             self._detect_all()
@@ -255,14 +289,27 @@ class _Run:
             self._fail(error)
         finally:
             self.bar.close()
-            for target in (self.feed, *self.writers):
-                try:
-                    target.close()
-                except (ValueError, OSError) as error:
-                    self._fail(error)
+            self._close(self.feed, *self.writers)
+        totals: dict[str, float] | None = self._totals()
+        if self.shards:
+            try:
+                totals = self._merge(totals, interrupted)
+            except (RankDied, OSError) as error:
+                _discard(self.files)
+                self._fail(error)
+                return 1
+        if totals is None:
+            return 130 if interrupted else 0
         if not self.options.quiet:
-            self._say(self._summary(time.perf_counter() - start))
-        return 130 if interrupted else 1 if self.failures else 0
+            self._say(_summary(self.predictor, totals, time.perf_counter() - start))
+        return 130 if interrupted else 1 if totals["failures"] else 0
+
+    def _close(self, *targets: Any) -> None:
+        for target in targets:
+            try:
+                target.close()
+            except (ValueError, OSError) as error:
+                self._fail(error)
 
     def _detect_all(self) -> None:
         stream = self.predictor.stream(
@@ -271,22 +318,53 @@ class _Run:
             keep_images=self.options.output is not None,
             on_error=self._skip,
         )
-        for detections in stream:
-            name, image_id = self.feed.identify(detections)
-            self.images += 1
-            self.detections += len(detections)
-            for writer in self.writers:
-                writer.add(detections, name, image_id)
-            if not self.options.quiet:
-                self._say(f"{name}: {describe(detections)}")
-            try:
-                self.feed.draw(detections)
-            except OSError as error:
-                self._fail(error, name)
-            self.bar.update()
+        try:
+            for detections in stream:
+                self._record(detections)
+        except KeyboardInterrupt as interrupt:
+            with contextlib.suppress(KeyboardInterrupt):  # what is done, and waited for an image before it
+                self._record(stream.throw(interrupt))
+                for detections in stream:
+                    self._record(detections)
+            raise
+
+    def _record(self, detections: Detections) -> None:
+        name, image_id = self.feed.identify(detections)
+        self.images += 1
+        self.detections += len(detections)
+        for writer in self.writers:
+            writer.add(detections, name, image_id)
+        if not self.options.quiet:
+            self._say(f"{name}: {describe(detections)}")
+        try:
+            self.feed.draw(detections)
+        except OSError as error:
+            self._fail(error, name)
+        self.bar.update()
+
+    def _totals(self) -> dict[str, float]:
+        """Figures of this process, such that those of several can be added."""
+        counts = {"images": self.images, "detections": self.detections, "failures": self.failures}
+        rates = {f"{name}_rate": rate for name, rate in self.predictor.throughput()._asdict().items()}
+        return dataclasses.asdict(self.predictor.timings) | rates | counts
+
+    def _merge(self, totals: dict[str, float], interrupted: bool) -> dict[str, float] | None:
+        """The totals of all processes, in the first one, which has made files of their parts; None in the others."""
+        gathered = self.shards.gather([writer.path for writer in self.writers], totals, interrupted)
+        if gathered is None:
+            return None
+        parts, totals = gathered
+        for row in merge(parts, self.predictor.class_names) if parts else ():
+            for file in self.files:
+                file.add(*row)
+        for file in self.files:
+            file.close()
+        return totals
 
     def _skip(self, source: str, error: object) -> None:
         self._fail(error, source)
+        for writer in self.writers if self.shards else ():
+            writer.skip(source, error)
         self.bar.update()
 
     def _fail(self, error: object, name: str = "") -> None:
@@ -295,21 +373,41 @@ class _Run:
 
     def _say(self, line: str) -> None:
         try:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(line + "\n", file=sys.stdout, end="")  # in one piece, for others may write there too
             sys.stdout.flush()
         except BrokenPipeError:  # the reader (head, less) has gone; the files are still wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def _summary(self, seconds: float) -> str:
-        phases = ", ".join(f"{name} {value:.1f}" for name, value in self.predictor.timings.per_image().items())
-        failed = f", {self.failures} failed" if self.failures else ""
-        optimized = self.predictor.optimized
-        buckets = optimized.report()["buckets"] if optimized is not None else []
-        captured = f"; captured {_count(len(buckets), 'shape')}" if buckets else ""
-        return (
-            f"{_count(self.images, 'image')}, {_count(self.detections, 'detection')}{failed} in {seconds:.1f} s; "
-            f"ms an image: {phases}{captured}"
-        )
+
+def _discard(writers: Sequence[Any]) -> None:
+    for writer in writers:
+        writer.target.discard()
+
+
+def _summary(predictor: Any, totals: dict[str, float], seconds: float) -> str:
+    images, phases = totals["images"], ("decode", "preprocess", "forward", "postprocess")
+    times = ", ".join(f"{phase} {1000 * totals[phase] / max(images, 1):.1f}" for phase in phases)
+    failed = f", {totals['failures']} failed" if totals["failures"] else ""
+    buckets = predictor.optimized.report()["buckets"] if predictor.optimized is not None else []
+    captured = f"; captured {_count(len(buckets), 'shape')}" if buckets else ""
+    decoder, forward = totals["decoder_rate"], totals["forward_rate"]
+    slower = "decoder" if decoder < forward else "forward"
+    return (
+        f"{_count(images, 'image')}, {_count(totals['detections'], 'detection')}{failed} in {seconds:.1f} s; "
+        f"ms an image: {times}{captured}; "
+        f"decoder {decoder:.1f}, forward {forward:.1f} images/s: the {slower} is the slower"
+    )
+
+
+def _default_workers(device: str) -> int:
+    """All cores of this process's share of the machine where a GPU detects; a quarter where they do so themselves."""
+    from sparse_rcnn.runtime import pick_device
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not CAN_HAVE_WORKERS:
+        return 0
+    return max(1, min(16, cores if pick_device(device).type == "cuda" else cores // 4))
 
 
 def describe(detections: Detections, scores: int = 5) -> str:
@@ -332,11 +430,11 @@ def _complain(error: object) -> None:
     if isinstance(error, OSError) and error.filename and error.strerror:
         error = f"{os.fsdecode(error.filename)}: {error.strerror}"
     message = " ".join(str(error).split())  # one line, whatever a library put into it
-    tqdm.write(f"{COMMAND}: error: {message}", file=sys.stderr)
+    tqdm.write(f"{COMMAND}: error: {message}\n", file=sys.stderr, end="")
 
 
 def _note(message: str) -> None:
-    print(f"{COMMAND}: note: {message}", file=sys.stderr)
+    tqdm.write(f"{COMMAND}: note: {message}\n", file=sys.stderr, end="")
 
 
 if __name__ == "__main__":

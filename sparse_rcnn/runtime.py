@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +16,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparse_rcnn.data.decode import ImageError, decode_image
+from sparse_rcnn.data.read_ahead import read_file, read_images
 from sparse_rcnn.data.transforms import network_size, resize
 from sparse_rcnn.detections import Detections, resolve_classes
-from sparse_rcnn.inference import OptimizedSparseRCNN, StaleWeightsError, resolve_dtype
+from sparse_rcnn.inference import OptimizedSparseRCNN, StaleWeightsError, padded_shape, resolve_dtype
+from sparse_rcnn.inference.memory import run_in_batches
+from sparse_rcnn.inference.pipeline import Pipeline
 from sparse_rcnn.models import SparseRCNN
-from sparse_rcnn.sources import fetch_url, is_url
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Files that a worker must have to read to be worth its start, which takes as long as reading some large photographs.
+FILES_PER_WORKER = 16
 OnError = Callable[[Any, ImageError], None]
 
 
@@ -31,8 +34,9 @@ OnError = Callable[[Any, ImageError], None]
 class Timings:
     """Seconds spent, by phase, summed over ``images``.
 
-    ``decode`` includes the reading (and what an iterator over images takes to give the next one), ``forward`` the
-    transfers to and from the device, and the preprocessing of an optimized model. Drawing and writing are not in here.
+    ``decode`` includes the reading (and what an iterator over images takes to give the next one); worker processes do
+    it side by side with the rest, and with each other. ``forward`` is the device's, with the preprocessing of an
+    optimized model, and on a CPU with its transfers. Drawing and writing are not in here.
     """
 
     images: int = 0
@@ -40,20 +44,34 @@ class Timings:
     preprocess: float = 0.0
     forward: float = 0.0
     postprocess: float = 0.0
+    workers: int = 0  # that shared the decoding
 
     def per_image(self) -> dict[str, float]:
         """Mean milliseconds of each phase, by name."""
-        phases = (field.name for field in dataclasses.fields(self) if field.name != "images")
+        phases = ("decode", "preprocess", "forward", "postprocess")
         return {phase: 1000 * getattr(self, phase) / max(self.images, 1) for phase in phases}
+
+
+class Throughput(NamedTuple):
+    """Images a second of the two that work side by side, each if it need not wait for the other."""
+
+    decoder: float
+    forward: float
 
 
 @dataclass
 class _Loaded:
-    """One image, read and resized."""
+    """One image that was read, or that could not be."""
 
     source: Any
-    image: np.ndarray  # uint8 [H, W, 3] RGB, original size
-    size: tuple[int, int]  # (height, width) that the network sees it in
+    error: ImageError | None
+    image: np.ndarray | None  # uint8 [H, W, 3] RGB, original size
+    size: tuple[int, int] | None  # (height, width) that the network sees it in
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) that it is padded to."""
+        return padded_shape([self.size])
 
     @property
     def pixels(self) -> Tensor:
@@ -71,8 +89,10 @@ class Predictor:
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``: bfloat16 (or float16 where it has none) on a GPU,
             float32 on a CPU. A half type that a CPU has no instructions for becomes float32, with a warning. Boxes are
             float32 in any case.
-        batch_size: images a forward pass. Images of unlike sizes are padded to a common one and the network sees the
-            padding, as the original does: detections then differ a little from those of each image alone.
+        batch_size: images a forward pass. Only images that are padded alike share one, for the network sees the
+            padding: detections are those of each image alone.
+        workers: processes that read the files and URLs of a stream or list ahead, where there are enough of them; 0
+            reads in this process.
         score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
         nms: IoU of a class-wise suppression, see :meth:`Detections.nms`; None, the paper's way, is none.
         optimize: run what ``SparseRCNN.optimize`` makes of the model, made again when its weights change; False runs
@@ -94,6 +114,7 @@ class Predictor:
         device: str | torch.device = "auto",
         dtype: str = "float32",
         batch_size: int = 1,
+        workers: int = 0,
         score_threshold: float = 0.0,
         top_k: int | None = None,
         classes: Sequence[str | int] | None = None,
@@ -102,10 +123,11 @@ class Predictor:
     ) -> None:
         if dtype != "auto" and dtype not in _DTYPES:
             raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
-        _check_at_least_one("batch_size", batch_size)
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("workers", workers, 0)
         _check_fraction("score_threshold", score_threshold)
         if top_k is not None:
-            _check_at_least_one("top_k", top_k)
+            _check_at_least("top_k", top_k, 1)
         if nms is not None:
             _check_fraction("nms", nms)
         self.device = pick_device(device)
@@ -113,7 +135,8 @@ class Predictor:
             model = SparseRCNN.from_pretrained(model)
         self.model = model.eval().to(self.device)
         self.dtype = _DTYPES.get(dtype)
-        self.batch_size = batch_size
+        self.batch_size, self.workers = batch_size, workers
+        self._most = batch_size  # that the memory suffices for
         self.optimized: OptimizedSparseRCNN | None = None
         if optimize and isinstance(model, SparseRCNN):
             self._optimize()
@@ -149,8 +172,8 @@ class Predictor:
             return_stages: keep the boxes and scores of every stage too.
 
         Returns:
-            ``Detections`` for an image, a list for a list, and for an iterator a generator that reads ``batch_size``
-            images at a time. Boxes are in pixels of each image at its original size.
+            ``Detections`` for an image, a list for a list, and for an iterator a generator. Boxes are in pixels of each
+            image at its original size.
 
         Raises:
             ImageError: an image cannot be read.
@@ -171,68 +194,91 @@ class Predictor:
     ) -> Iterator[Detections]:
         """Detections of each of ``sources``, in order, in memory that does not grow with their number.
 
+        With a batch size of 1 and no workers an image is asked for when its detections are. Otherwise up to four
+        batches' images are held, to find some that are padded alike; and workers are ahead of these by two batches'
+        images, or two a worker if that is more.
+
         Args:
             sources: images as :meth:`predict` takes them.
             return_stages: keep the boxes and scores of every stage too.
             keep_images: keep each decoded image in ``Detections.image``, to be drawn on.
-            on_error: called with a source that cannot be read and the error; the source is then left out. By default
-                the error is raised.
+            on_error: called with a source that cannot be read and the error, in its turn; the source is then left out.
+                By default the error is raised.
         """
-        batch: list[_Loaded] = []
-        for source in self._pull(sources):
-            try:
-                batch.append(self._load(source))
-            except ImageError as error:
-                if on_error is None:
-                    raise
-                on_error(source, error)
-            if len(batch) == self.batch_size:
-                yield from self._detect(batch, return_stages, keep_images)
-                batch = []
-        if batch:
-            yield from self._detect(batch, return_stages, keep_images)
+        workers, is_known = self.workers, isinstance(sources, Sized)
+        if is_known:
+            workers = min(workers, len(sources) // FILES_PER_WORKER)
+        # A GPU has two batches, one to compute and one at hand, unless the next image may depend on the last result.
+        depth = 2 if self.device.type == "cuda" and (workers or is_known) else 1
+        self.timings.workers = workers
 
-    def _pull(self, sources: Iterable[Any]) -> Iterator[Any]:
-        """``sources``, with the time that they take to come (frames of a video) counted as decoding."""
-        iterator, end = iter(sources), object()
-        while True:
-            start = time.perf_counter()
-            source = next(iterator, end)
-            self.timings.decode += time.perf_counter() - start
-            if source is end:
-                return
-            yield source
+        def tell(loaded: _Loaded) -> None:
+            if on_error is None:
+                raise loaded.error
+            on_error(loaded.source, loaded.error)
 
-    def _load(self, source: Any) -> _Loaded:
-        start = time.perf_counter()
-        image = read_image(source)
-        decoded = time.perf_counter()
-        self.timings.decode += decoded - start
-        size = network_size(*image.shape[:2], self.model.config.min_size, self.model.config.max_size)
-        return _Loaded(source, image, size)
+        pipeline = Pipeline(
+            lambda batch: self._submit(batch, return_stages, keep_images),
+            tell,
+            self.batch_size,
+            window=4 * self.batch_size,
+            depth=depth,
+        )
+        yield from pipeline.run(self._load(sources, workers))
 
-    @torch.inference_mode()
-    def _detect(self, batch: list[_Loaded], return_stages: bool, keep_images: bool) -> list[Detections]:
+    def throughput(self) -> Throughput:
+        """What the decoder and the forward pass would do, each by itself, by ``timings``."""
+        seconds = self.timings
+        forward = seconds.preprocess + seconds.forward
+        decode = seconds.decode / max(seconds.workers, 1)
+        return Throughput(*(seconds.images / max(phase, 1e-9) for phase in (decode, forward)))
+
+    def _load(self, sources: Iterable[Any], workers: int) -> Iterator[_Loaded]:
+        ahead = 2 * max(workers, self.batch_size)
+        for found in read_images(sources, read_image, workers, ahead):
+            self.timings.decode += found.seconds
+            size = None
+            if found.error is None:
+                size = network_size(*found.pixels.shape[:2], self.model.config.min_size, self.model.config.max_size)
+            yield _Loaded(found.source, found.error, found.pixels, size)
+
+    def _submit(
+        self, batch: Sequence[_Loaded], return_stages: bool, keep_images: bool
+    ) -> Callable[[], list[Detections]]:
+        """Begin to detect; the call waits for the detections."""
         if self.optimized is None or return_stages:
-            results, stages = self._run_stages(batch, return_stages)
-        else:
-            results, stages = self._run_optimized(batch), [None] * len(batch)
-        computed = time.perf_counter()
+            found = run_in_batches(lambda some: self._run_stages(some, return_stages), batch, self._most, self._halve)
+            return lambda: self._finish_all(batch, *zip(*found, strict=True), keep_images)
+        images, sizes = [loaded.pixels for loaded in batch], [loaded.size for loaded in batch]
+        submitted = self._with_present_weights(lambda: self.optimized.submit(images, sizes))
+
+        def wait() -> list[Detections]:
+            results = submitted.results()
+            self.timings.forward += submitted.seconds
+            return self._finish_all(batch, results, [None] * len(batch), keep_images)
+
+        return wait
+
+    def _halve(self, most: int) -> None:
+        self._most = most
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _finish_all(
+        self,
+        batch: Sequence[_Loaded],
+        results: Sequence[dict[str, Tensor]],
+        stages: Sequence[_Stages | None],
+        keep_images: bool,
+    ) -> list[Detections]:
+        begin = time.perf_counter()
         found = [
             self._finish(loaded, result, stage, keep_images)
             for loaded, result, stage in zip(batch, results, stages, strict=True)
         ]
         self.timings.images += len(batch)
-        self.timings.postprocess += time.perf_counter() - computed
+        self.timings.postprocess += time.perf_counter() - begin
         return found
-
-    def _run_optimized(self, batch: list[_Loaded]) -> list[dict[str, Tensor]]:
-        """Detections in pixels of each image as it was read."""
-        start = time.perf_counter()
-        images, sizes = [loaded.pixels for loaded in batch], [loaded.size for loaded in batch]
-        results = self._with_present_weights(lambda: self.optimized.detect(images, sizes))
-        self.timings.forward += time.perf_counter() - start
-        return results
 
     def _with_present_weights(self, call: Callable[[], Any]) -> Any:
         try:
@@ -241,10 +287,12 @@ class Predictor:
             self._optimize()
             return call()
 
+    @torch.inference_mode()
     def _run_stages(
-        self, batch: list[_Loaded], return_stages: bool
-    ) -> tuple[list[dict[str, Tensor]], list[_Stages | None]]:
-        """The same by the model's own contract: images at network size, resized here, and every stage if asked for."""
+        self, batch: Sequence[_Loaded], return_stages: bool
+    ) -> list[tuple[dict[str, Tensor], _Stages | None]]:
+        """Detections in pixels of each image as it was read, by the model's own contract: images at network size,
+        resized here; and every stage if asked for."""
         start = time.perf_counter()
         images = [resize(loaded.pixels, loaded.size) for loaded in batch]
         resized = time.perf_counter()
@@ -261,7 +309,7 @@ class Predictor:
         stages = _stages_of(outputs, self.model.config.classification) if return_stages else [None] * len(batch)
         self.timings.preprocess += resized - start
         self.timings.forward += time.perf_counter() - resized
-        return results, stages
+        return list(zip(results, stages, strict=True))
 
     def _finish(
         self, loaded: _Loaded, result: dict[str, Tensor], stages: _Stages | None, keep_image: bool
@@ -324,20 +372,16 @@ def read_image(source: Any) -> np.ndarray:
         ImageError: a file or URL that cannot be read as an image.
         TypeError, ValueError: not an image; see :meth:`Predictor.predict` for what is.
     """
-    if is_url(source):
-        content = fetch_url(source)
-        try:
-            image = decode_image(content)
-        except ImageError as error:
-            raise ImageError(f"{source}: {str(error).removeprefix('image bytes: ')}") from error
+    if isinstance(source, (str, os.PathLike)):
+        image = read_file(source)
     elif isinstance(source, Tensor):
         image = _from_tensor(source)
     elif isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
             raise ValueError(f"source: expected a uint8 RGB array [H, W, 3], got {source.dtype} {list(source.shape)}")
         image = source
-    elif isinstance(source, (str, os.PathLike, Image.Image)):
-        image = decode_image(source if isinstance(source, (str, Image.Image)) else Path(source))
+    elif isinstance(source, Image.Image):
+        image = decode_image(source)
     else:
         raise TypeError(
             f"source: expected a path, URL, PIL image, array or tensor, or a list or iterator of them, "
@@ -389,9 +433,9 @@ def default_weights() -> Path:
     return directory
 
 
-def _check_at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 def _check_fraction(name: str, value: float) -> None:

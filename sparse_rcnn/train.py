@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
         raise ValueError("--output: expected a folder for checkpoints, got none")
     if flags.get("resume"):
         saved = dict(load_checkpoint(Path(flags["output"]) / "last.pt")["train_config"])
-        saved["time_limit"] = None  # of one sitting, not of the run
+        saved.update(time_limit=None, accept_changed_data=False)  # of one sitting, not of the run
         changed = [name for name in _FIXED if name in flags and flags[name] != saved.get(name)]
         if changed:
             name = changed[0]
@@ -47,7 +48,8 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 (training failed), 2 (bad arguments or data) or 128 + the signal's number."""
+    """Run the command; returns 0 (SIGTERM and a time limit are asked for), 1 (training failed), 2 (bad arguments or
+    data) or 130 (interrupted by SIGINT, after a checkpoint if once)."""
     distributed.connect()
     flags = read_arguments(arguments)
     try:
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed.stop()
     if main_process and trainer.step == trainer.config.steps and stopped_by is None:
         try_report(trainer.output, trainer.config.device, RunLog.say)
-    return 0 if stopped_by is None else 128 + stopped_by
+    return 130 if stopped_by == signal.SIGINT else 0
 
 
 def _after_restart(flags: dict[str, Any]) -> dict[str, Any]:

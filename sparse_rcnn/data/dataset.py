@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -231,20 +229,6 @@ class DetectionDataset(Dataset):
     def _note(self, annotation: Annotation, what: str) -> None:
         image = self.images[annotation.image]["file_name"]
         self.problems.append(f"{annotation.where} ({image}): bbox {list(annotation.box)} {what}")
-
-
-def fingerprint(dataset: DetectionDataset) -> str:
-    """A SHA-256 in hexadecimal of what a run sees of a data set: a resumed run must find the same.
-
-    It covers the class names and, image by image in their order, name, size, boxes and labels; not where the folder
-    is, and not the pixels. The order counts, because the images of a step follow from it.
-    """
-    digest = hashlib.sha256(json.dumps(["sparse_rcnn data 1", dataset.class_names]).encode())
-    for index, image in enumerate(dataset.images):
-        boxes, labels = dataset.targets(index)
-        digest.update(json.dumps([image["file_name"], image["height"], image["width"], len(boxes)]).encode())
-        digest.update(boxes.astype("<f4").tobytes() + labels.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def some(values: Sequence[Any], shown: int = _SHOWN) -> str:

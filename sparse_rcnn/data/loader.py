@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,8 +67,18 @@ def train_batches(
         batch_sampler=_Order(wide, batch_size, seed, start_step, slice(part * size, (part + 1) * size)),
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_ignore_signals,
     )
     return _raising(loader)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Let a worker go on when a terminal or a scheduler signals all processes: it is the main one that ends the run.
+
+    A worker that died of it would end the run before the checkpoint. They end with the main process.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class LoaderError(RuntimeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +10,82 @@ import torch
 from torch import nn
 
 from sparse_rcnn.weights.atomic import atomic_write
+from sparse_rcnn.weights.safe_load import safe_load
 
-_KEYS = ("model", "optimizer", "step", "best_ap", "rng", "model_config", "train_config")
+# Raised when a checkpoint gets or loses an entry, or gives one another meaning. The first version had no number.
+FORMAT_VERSION = 2
+_ENTRIES = {
+    **{"model": dict, "optimizer": dict, "step": int, "best_ap": float, "skipped": list, "rng": dict, "data": dict},
+    **{"ema": dict, "model_config": dict, "train_config": dict},
+}
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write ``state`` so that at every moment ``path`` is either the old file or the complete new one.
 
+    Args:
+        path: the file.
+        state: ``model``, ``ema`` (empty without one) and ``optimizer`` (state dicts), ``step`` (completed ones: the
+            schedule and the data order follow from it and the configuration), ``best_ap``, ``skipped`` (in a row,
+            altogether), ``rng`` (:func:`rng_state`), ``data`` (:func:`~sparse_rcnn.data.fingerprint.fingerprint`),
+            ``model_config`` and ``train_config``.
+
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+    path = Path(path)
+    try:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+    except (OSError, RuntimeError) as error:
+        cause = _disk_error(error)
+        if cause is None:
+            raise
+        kept = "the one before is as it was" if path.exists() else "there is none before"
+        raise OSError(f"{path}: cannot write the checkpoint ({cause.strerror or cause}); {kept}") from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said: torch's writer, closing a file that it could not write, hides it behind its own error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file of :func:`save_checkpoint`, on the CPU, without unpickling any code.
 
     Raises:
-        ValueError: the file is missing, damaged, or not a training checkpoint.
+        ValueError: the file is missing, damaged, not a training checkpoint, or one of another format version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a training checkpoint, found no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: expected a training checkpoint, could not read it ({reason})") from error
-    missing = [key for key in _KEYS if not isinstance(state, dict) or key not in state]
+    wanted = f"{path}: expected a training checkpoint"
+    if path.is_file() and zipfile.is_zipfile(path):  # as torch.save writes it; torch.load does not look at the sums
+        _check_sums(path, wanted)
+    state = safe_load(path, "a training checkpoint")
+    missing = [name for name in _ENTRIES if name not in state]
+    version = state.get("format_version", 1)
+    if {"model", "optimizer", "step", "train_config"} <= state.keys() and version != FORMAT_VERSION:
+        raise ValueError(
+            f"{wanted} of format version {FORMAT_VERSION}, got version {version!r}: another release wrote it and can "
+            f"resume it; with this one, a new run can start from its weights (--weights {path})"
+        )
     if missing:
-        raise ValueError(f"{path}: expected a training checkpoint, it lacks {', '.join(missing)}")
+        raise ValueError(f"{wanted}, it lacks {', '.join(missing)}")
+    for name, kind in _ENTRIES.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(f"{wanted}, its {name} is a {type(state[name]).__name__} instead of a {kind.__name__}")
     return state
+
+
+def _check_sums(path: Path, wanted: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{wanted}, it is damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"{wanted}, it is damaged: {damaged} does not have the check sum that it was written with")
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -69,6 +69,7 @@ class TrainConfig:
     log_every: int = _option(20, "steps between log records")
     eval_every: int = _option(1000, "steps between evaluations on val; 0 is at the end only")
     checkpoint_every: int = _option(500, "steps between checkpoints; 0 is at the end only")
+    keep_every: int = _option(0, "steps between checkpoints that are kept, as step_00005000.pt; 0 keeps none")
     time_limit: float | None = _option(None, "minutes after which to stop with a checkpoint")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; of several processes each takes a GPU of its own")
     dtype: str = _option("float32", "float32, or bfloat16 for autocast")
@@ -78,6 +79,7 @@ class TrainConfig:
         "network sees that as it does all padding",
     )
     resume: bool = _option(False, "continue from last.pt in the output folder")
+    accept_changed_data: bool = _option(False, "resume although the training data is not what the run was started on")
 
     def __post_init__(self) -> None:
         for name in ("decay_at", "decay_steps", "min_sizes"):
@@ -114,5 +116,5 @@ class TrainConfig:
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
     **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
-    **{"time_limit": 0, "cache_mb": 0, "base_batch": 1, "accumulate": 1},
+    **{"time_limit": 0, "cache_mb": 0, "keep_every": 0, "base_batch": 1, "accumulate": 1},
 }

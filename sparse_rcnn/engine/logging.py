@@ -24,8 +24,8 @@ _LOSS_KINDS = ("ce", "bbox", "giou")
 class RunLog:
     """Progress bar, ``metrics.jsonl`` and TensorBoard files of one training run; a context manager.
 
-    A line of ``metrics.jsonl`` is a JSON object with ``kind`` (``train`` or ``val``) and ``step``; a number that is
-    not finite, which JSON has no word for, is null there.
+    A line of ``metrics.jsonl`` is a JSON object with ``kind`` (``train``, ``val``, ``skipped``) and ``step``; a
+    number that is not finite, which JSON has no word for, is null there.
 
     Args:
         folder: of the run. Records are appended; those of later steps than ``step`` are dropped first (they belong to
@@ -49,14 +49,22 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a record whose failure was raised
+            self.file.close()
         self.board.close()
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append one record to the log, at once on the disk's side of this process."""
+        """Append one record to the log, at once on the disk's side of this process.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written for another reason.
+        """
         values = {name: _json_value(value) for name, value in values.items()}
-        self.file.write(json.dumps(values, allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot write the log ({error.strerror})") from error
         self.board.record(values)
         self._say_notes()
 

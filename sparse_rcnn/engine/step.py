@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from sparse_rcnn.engine import distributed
 from sparse_rcnn.models.batch import Batch
 
+# Steps that are not finite before a run is given up. One that has diverged has them in a row; a bad image or an
+# overflow now and then should not end a long run, but many of them are a fault that somebody should look at.
+MAX_SKIPPED_IN_A_ROW = 5
+MAX_SKIPPED = 20
+
 
 class TrainStep:
     """Forward, losses, backward, clipping and update, all queued on the device without waiting for any of it.
@@ -23,8 +28,8 @@ class TrainStep:
     A step can be of several micro-batches, and of several processes. Where the targets of each know the counts of the
     whole step (``PackedTargets.step_counts``), its losses and gradient are those of all its images together.
 
-    A step whose losses or gradient are not finite changes neither parameters nor optimizer, and nor does any step
-    after it: when the host finds out, some steps later, they are what the last good step made of them.
+    A step whose losses or gradient are not finite changes neither parameters nor optimizer, its step count included,
+    and is counted. The host finds out some steps later.
 
     Args:
         model: gives the weighted losses of a :class:`Batch` in training mode.
@@ -34,9 +39,11 @@ class TrainStep:
 
     Attributes:
         names: of the losses.
-        report: [len(names) + 1], the losses of the last step and its gradient norm before clipping, in all processes
-            the same. One tensor for all steps, as a captured one needs it; None before the first.
+        report: [len(names) + 3], the losses of the last step, its gradient norm before clipping, and ``skipped``, in
+            all processes the same. One tensor for all steps, as a captured one needs it; None before the first.
         own_losses: [len(names)], what this process had of the losses; None where there is no other.
+        bad: scalar, 1 if the last step was not finite, else 0.
+        skipped: [2], steps skipped in a row, up to the last one, and altogether.
     """
 
     def __init__(
@@ -51,8 +58,9 @@ class TrainStep:
         self.own_losses: Tensor | None = None
         # With the loss of the last stage alone, the other stages' predictions learn nothing.
         self.replica = distributed.replicate(model, unused_parameters=not model.criterion.deep_supervision)
-        self.stopped = torch.zeros((), device=self.device)  # 1 from the first step on that was not finite
-        optimizer.found_inf = self.stopped  # read by the fused kernels, as they read that of torch.amp
+        self.bad = torch.zeros((), device=self.device)
+        self.skipped = torch.zeros(2, device=self.device)
+        optimizer.found_inf = self.bad  # read by the fused kernels, as they read that of torch.amp
 
     def __call__(self, *batches: Batch) -> None:
         """Queue one step on ``batches``, which are on the device."""
@@ -62,10 +70,13 @@ class TrainStep:
             losses = distributed.mean_(losses)  # so that all processes skip what one must
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         report = torch.cat([losses, norm.unsqueeze(0)])
-        self.stopped.logical_or_(report.isfinite().all().logical_not())
+        self.bad.copy_(report.isfinite().all().logical_not())
+        self.skipped.add_(self.bad)
+        self.skipped[0].mul_(self.bad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.count_update()
+        report = torch.cat([report, self.skipped])
         if self.report is None:
             self.report = torch.empty_like(report)
         self.report.copy_(report)
@@ -100,12 +111,16 @@ class Report:
             whose losses are not (or of all, where all losses are finite and the gradient is not).
         losses: the weighted losses by name.
         grad_norm: the gradient norm before clipping.
+        skipped_in_a_row: steps that were not finite in a row, up to this one; 0 if this one was.
+        skipped: those of the whole run so far.
     """
 
     step: int
     image_ids: tuple[int, ...]
     losses: dict[str, float]
     grad_norm: float
+    skipped_in_a_row: int = 0
+    skipped: int = 0
 
     @property
     def problem(self) -> str | None:
@@ -114,6 +129,15 @@ class Report:
         if not bad and not math.isfinite(self.grad_norm):
             bad = [f"gradient norm is {self.grad_norm}"]
         return ", ".join(bad) or None
+
+    @property
+    def too_many(self) -> bool:
+        """Whether so many steps were skipped that the run should end."""
+        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW or self.skipped >= MAX_SKIPPED
+
+    def __str__(self) -> str:
+        ids = ", ".join(str(image_id) for image_id in self.image_ids)
+        return f"step {self.step}, image ids {ids}"
 
 
 class Reports:
@@ -137,8 +161,9 @@ class Reports:
             step, image_ids, names, host, arrival = self._waiting.popleft()
             arrival.synchronize()
             values = host.tolist()
-            losses, norm, own = values[: len(names)], values[len(names)], values[len(names) + 1 :]
-            report = Report(step, image_ids, dict(zip(names, losses, strict=True)), norm)
+            (norm, in_a_row, skipped, *own), losses = values[len(names) :], values[: len(names)]
+            losses = dict(zip(names, losses, strict=True))
+            report = Report(step, image_ids, losses, norm, int(in_a_row), int(skipped))
             yield report if report.problem is None else _of_the_culprits(report, all(map(math.isfinite, own)))
 
 

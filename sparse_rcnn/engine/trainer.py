@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_rcnn.data.augment import SmallDataTransform
+from sparse_rcnn.data.fingerprint import changes, fingerprint
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.health import check_data
 from sparse_rcnn.data.loader import lost_workers, train_batches
@@ -30,10 +32,12 @@ from sparse_rcnn.engine.logging import Meter, NoLog, RunLog
 from sparse_rcnn.engine.micro_batches import prepare_step
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
 from sparse_rcnn.engine.schedule import resolve
-from sparse_rcnn.engine.step import Report, Reports, TrainStep
+from sparse_rcnn.engine.step import MAX_SKIPPED_IN_A_ROW, Report, Reports, TrainStep
 from sparse_rcnn.inference.memory import keep_freed_memory
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
+from sparse_rcnn.weights.atomic import remove_leftovers
+from sparse_rcnn.weights.check import check_state_dict
 
 # The paper's multi-scale training and crops are for a test size of 800; other test sizes scale them.
 _PAPER_TEST_SIZE = 800
@@ -52,7 +56,8 @@ class Trainer:
     first writes and says what there is.
 
     In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights, or their moving average where there
-    is one, for ``from_pretrained``), ``best/`` (those of the best validation AP) and ``metrics.jsonl``.
+    is one, for ``from_pretrained``), ``best/`` (those of the best validation AP), ``step_00005000.pt`` (checkpoints
+    that are kept) and ``metrics.jsonl``.
 
     Attributes:
         given: the configuration as it was given, which the checkpoint keeps and a resumed run resolves again.
@@ -105,21 +110,28 @@ class Trainer:
             )
         config, notes = resolve(config, model.config, len(self.dataset))
         self.config, self.notes = config, self.notes + notes
+        self.data_fingerprint = distributed.from_main(lambda: fingerprint(self.dataset))
+        if checkpoint is not None:
+            self._check_data(checkpoint["data"])
+            check_state_dict(model.config, checkpoint["model"], self.checkpoint_path)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
+        self.plain_step = TrainStep(self.model, self.optimizer, config.clip_norm, config.dtype == "bfloat16")
         if checkpoint is not None:
             self._restore(checkpoint)
         self.ema = build_ema(self.model, config.ema_decay, (checkpoint or {}).get("ema"))
-        self.plain_step = TrainStep(self.model, self.optimizer, config.clip_norm, config.dtype == "bfloat16")
         self.graphed_step, self.buckets = None, None
         if config.cuda_graph:
             self.graphed_step = GraphedStep(self.plain_step, CudaCapture(self.device), RunLog.say)
             self.buckets = ShapeBuckets(config.max_size or self.model.config.max_size)
         self.reports = Reports()
+        self.skips: deque[Report] = deque(maxlen=MAX_SKIPPED_IN_A_ROW)  # the last that were not finite
         if distributed.is_main():
             self.output.mkdir(parents=True, exist_ok=True)
+            for folder in (self.output, self.output / "model", self.output / "best"):
+                remove_leftovers(folder)
             self.data_report.write(self.output / "data_report.txt")
         if config.strict:
             self.data_report.require_clean()
@@ -128,7 +140,18 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self.step, self.best_ap = checkpoint["step"], checkpoint["best_ap"]
+        self.plain_step.skipped.copy_(torch.tensor(checkpoint["skipped"]))
         set_rng_state(checkpoint["rng"])
+
+    def _check_data(self, then: dict[str, Any]) -> None:
+        found = "; ".join(changes(then, self.data_fingerprint))
+        if found and not self.config.accept_changed_data:
+            raise ValueError(
+                f"data: {self.dataset.source} is not what the run was started on: {found}. Put it back, or go on with "
+                "it by --accept-changed-data"
+            )
+        if found:
+            self.notes.append(f"the data is not what the run was started on: {found}")
 
     @property
     def eval_model(self) -> SparseRCNN:
@@ -142,8 +165,7 @@ class Trainer:
             The number of the signal that ended it, or None.
 
         Raises:
-            TrainingError: a loss or the gradient is not finite. Model and optimizer are what the last good step made
-                of them; nothing is written.
+            TrainingError: too many steps were not finite (each is skipped), or the model refuses its targets.
             ImageError: a training image cannot be decoded.
             LoaderError: a loader process died.
             OSError: a checkpoint cannot be written; the one before it is complete.
@@ -155,6 +177,8 @@ class Trainer:
         with log, _Stop(config.time_limit) as stop, lost_workers():
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
+            if config.resume:  # a kill may have come after last.pt and before this
+                self.save_model()
             meter = Meter()
             self.model.train()
             for images, targets in islice(self._batches(), max(config.steps - self.step, 0)):
@@ -163,18 +187,21 @@ class Trainer:
                 last, stopping = self.step == config.steps, distributed.any_of(stop.requested)
                 logging = last or self.step % config.log_every == 0
                 validating = self.val_dataset is not None and (last or _every(config.eval_every, self.step))
-                saving = last or stopping or _every(config.checkpoint_every, self.step)
+                keeping = _every(config.keep_every, self.step)
+                saving = last or stopping or keeping or _every(config.checkpoint_every, self.step)
                 # The host looks back at what there is, and waits for all of it only before it needs to be sure.
                 for report in self.reports.take(wait=logging or validating or saving):
-                    self._check(report)
-                    meter.add(report.losses, report.grad_norm, config.batch_size)
-                if logging:
+                    if report.problem is not None:
+                        self._skipped(report, log)
+                    else:
+                        meter.add(report.losses, report.grad_norm, config.batch_size)
+                if logging and meter.steps:
                     log.training({"step": self.step, "lr": self.lr, **meter.flush()})
                 with meter.paused():
                     if validating:
                         self._validate(log)
                     if saving:
-                        self.save()
+                        self.save(keeping)
                 if stopping:
                     log.say(f"stopped after step {self.step} ({stop.reason}); continue with --resume")
                     break
@@ -209,23 +236,34 @@ class Trainer:
             self.ema.update(self.model, self.step)
         self.reports.add(self.step, image_ids, self.plain_step)
 
-    def save(self) -> None:
-        """Write ``last.pt`` and ``model/``, if this is the main process."""
+    def save(self, keep: bool = False) -> None:
+        """Write ``last.pt`` and ``model/``, and with ``keep`` a checkpoint named by the step, which stays.
+
+        The main process does; the others have nothing to add.
+        """
         if not distributed.is_main():
             return
-        save_checkpoint(
-            self.checkpoint_path,
-            {
-                "model": self.model.state_dict(),
-                "ema": {} if self.ema is None else self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "best_ap": self.best_ap,
-                "rng": rng_state(),
-                "model_config": self.model.config.to_dict(),
-                "train_config": dataclasses.asdict(self.given),
-            },
-        )
+        state = {
+            "model": self.model.state_dict(),
+            "ema": {} if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best_ap": self.best_ap,
+            "skipped": self.plain_step.skipped.tolist(),
+            "rng": rng_state(),
+            "data": self.data_fingerprint,
+            "model_config": self.model.config.to_dict(),
+            "train_config": dataclasses.asdict(self.given),
+        }
+        save_checkpoint(self.checkpoint_path, state)
+        if keep:
+            save_checkpoint(self.output / f"step_{self.step:08d}.pt", state)
+        self.save_model()
+
+    def save_model(self) -> None:
+        """Write ``model/``, which :meth:`save` does last."""
+        if not distributed.is_main():
+            return
         self.eval_model.save_pretrained(self.output / "model")
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
@@ -272,11 +310,17 @@ class Trainer:
         if best and distributed.is_main():
             self.eval_model.save_pretrained(self.output / "best")
 
-    def _check(self, report: Report) -> None:
-        if report.problem is not None:
-            self.step = report.step - 1  # of which model and optimizer are
-            advice = ". A lower lr or a longer warm-up may help"
-            raise self._error(report.step, report.image_ids, report.problem, advice)
+    def _skipped(self, report: Report, log: RunLog) -> None:
+        """Say that a step was not finite, and end the run if there were too many."""
+        ids = list(report.image_ids)
+        log.record({"kind": "skipped", "step": report.step, "image_ids": ids, "problem": report.problem})
+        log.say(f"warning: {report}: {report.problem}; the step is skipped")
+        self.skips.append(report)
+        if report.too_many:
+            last = "; ".join(str(skip) for skip in self.skips)
+            counts = f"{report.skipped_in_a_row} steps in a row and {report.skipped} in all were not finite"
+            advice = f". The last of them: {last}. A lower lr or a longer warm-up may help"
+            raise self._error(report.step, report.image_ids, f"{report.problem}; {counts}", advice)
 
     def _error(self, step: int, image_ids: Sequence[int], what: str, advice: str = "") -> TrainingError:
         ids = ", ".join(str(image_id) for image_id in image_ids)

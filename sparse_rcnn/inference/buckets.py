@@ -42,18 +42,14 @@ class Inputs(NamedTuple):
         return cls(list(buffers), torch.zeros(key.batch, 4, dtype=torch.int64, device=device))
 
     def fill(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int, int, int]]) -> None:
-        """Write images [3, h, w] into the first places; the others are empty."""
+        """Write images [3, h, w], which are on the same device, into the first places; the others are empty."""
         rows = torch.zeros(self.sizes.shape, dtype=torch.int64)
         rows[: len(sizes)] = torch.tensor(sizes)
         for buffer, image in zip(self.images, images, strict=False):
             pixels = image.permute(1, 2, 0).reshape(-1)
-            buffer[: pixels.numel()].copy_(_pinned(pixels, buffer), non_blocking=True)
-        self.sizes.copy_(_pinned(rows, self.sizes), non_blocking=True)
-
-
-def _pinned(source: Tensor, target: Tensor) -> Tensor:
-    """``source`` in memory from which it can be copied to ``target`` without a wait."""
-    return source.pin_memory() if target.is_cuda and not source.is_cuda else source
+            buffer[: pixels.numel()].copy_(pixels)
+        # From page-locked memory it can be copied without a wait.
+        self.sizes.copy_(rows.pin_memory() if self.sizes.is_cuda else rows, non_blocking=True)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,11 @@ from sparse_rcnn.data.transforms import resize
 from sparse_rcnn.inference.buckets import Buckets, Capture, GraphCapture
 from sparse_rcnn.inference.fuse import evaluating, fuse
 from sparse_rcnn.inference.head import InferenceHead
-from sparse_rcnn.inference.memory import keep_freed_memory
+from sparse_rcnn.inference.memory import keep_freed_memory, run_in_batches
 from sparse_rcnn.inference.onednn import cpu_has
-from sparse_rcnn.inference.program import Found, Program
+from sparse_rcnn.inference.program import Program
+from sparse_rcnn.inference.submitted import Run, Submitted, now
+from sparse_rcnn.inference.upload import Uploads
 from sparse_rcnn.inference.weight_guard import WeightGuard
 from sparse_rcnn.models.sparse_rcnn import SparseRCNN, StageOutputs
 
@@ -77,8 +80,12 @@ class OptimizedSparseRCNN:
             backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
             head = InferenceHead(model, self.device, self.dtype)
         self._program = Program(model, backbone, head, self.device, self.dtype)
-        capture = GraphCapture() if capture is None and self.device.type == "cuda" else capture
+        on_gpu = self.device.type == "cuda"
+        with self._on_device():
+            capture = GraphCapture() if capture is None and on_gpu else capture
+            self._uploads = Uploads(self.device) if on_gpu else contextlib.nullcontext  # gives images as they are
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
+        self._most = batch_size if capture else None  # images at a time; None is any number
         if keep_memory and self.device.type == "cpu":
             keep_freed_memory()  # only now: what was needed to fold is given back
         for size in image_sizes:
@@ -91,7 +98,6 @@ class OptimizedSparseRCNN:
         results = self.detect(images, [tuple(image.shape[1:]) for image in images])
         return [{name: values.to(self.device) for name, values in result.items()} for result in results]
 
-    @torch.inference_mode()
     def detect(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Resize and detect.
 
@@ -107,7 +113,23 @@ class OptimizedSparseRCNN:
             StaleWeightsError: the model's weights changed.
             torch.OutOfMemoryError: even a single image is too much for the GPU's memory.
         """
-        return self._detect(list(images), list(sizes), padded_shape(sizes))
+        return self.submit(images, sizes).results()
+
+    @torch.inference_mode()
+    def submit(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Submitted:
+        """Begin to :meth:`detect`; what it returns waits for the results, while the GPU goes on to what is submitted
+        next. On a CPU they are there already."""
+        images, shape = list(zip(images, sizes, strict=True)), padded_shape(sizes)
+        with self._on_device():
+            # Any number of images, all padded to one shape: what one is padded to changes what is found.
+            return Submitted(
+                run_in_batches(
+                    lambda some: [self._run(*zip(*some, strict=True), shape)],
+                    images,
+                    self._most or len(images),
+                    self._halve,
+                )
+            )
 
     def warm_up(self, size: tuple[int, int], images: int | None = None) -> None:
         """Run on blank images of this size, ``batch_size`` or so many: captures a GPU's graph for their shape."""
@@ -136,54 +158,41 @@ class OptimizedSparseRCNN:
         if self.is_stale():
             raise StaleWeightsError("the model's weights changed since optimize(): call it again")
 
-    def _detect(
-        self, images: list[Tensor], sizes: list[tuple[int, int]], shape: tuple[int, int]
-    ) -> list[dict[str, Tensor]]:
-        """Detections of any number of images, all padded to ``shape``: what one is padded to changes what is found."""
-        results = []
-        while images:
-            count = min(len(images), self.batch_size) if self._buckets else len(images)
-            try:
-                results += self._run(images[:count], sizes[:count], shape)
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise
-                self._halve(count)
-                continue
-            images, sizes = images[count:], sizes[count:]
-        return results
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        """Streams, events and captures are the current GPU's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def _halve(self, count: int) -> None:
+    def _halve(self, batch_size: int) -> None:
         """Run smaller batches from now on."""
-        self.batch_size = count // 2
-        warnings.warn(f"out of memory with {count} images at a time: going on with {self.batch_size}", stacklevel=5)
+        self.batch_size = self._most = batch_size
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # what is captured may be running
         if self._buckets:
             self._buckets.clear()
-            self._buckets.batch_size = self.batch_size
+            self._buckets.batch_size = batch_size
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(
-        self, images: list[Tensor], sizes: list[tuple[int, int]], shape: tuple[int, int]
-    ) -> list[dict[str, Tensor]]:
-        rows = [(*image.shape[1:], *size) for image, size in zip(images, sizes, strict=True)]
+    def _run(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Run:
+        """Begin to compute one batch."""
         captured = self._buckets.find(len(images), *shape) if self._buckets else None
         if captured is None:
             self._check_weights()
+            begin = now(self.device)
+            rows = torch.tensor([(*image.shape[1:], *size) for image, size in zip(images, sizes, strict=True)])
             images = [image.to(self.device, non_blocking=True) for image in images]
-            return _split(self._program(images, torch.tensor(rows).to(self.device), shape), len(images))
-        reduced = [
-            resize(image.cpu(), size) if image.numel() > captured.capacity else image
-            for image, size in zip(images, sizes, strict=True)
-        ]
-        captured.inputs.fill(reduced, [(*image.shape[1:], *size) for image, size in zip(reduced, sizes, strict=True)])
+            return Run(self._program(images, rows.to(self.device), shape), len(images), begin)
+        large = [index for index, image in enumerate(images) if image.numel() > captured.capacity]
+        resized = {index: (sizes[index], images[index].shape[1:]) for index in large}
+        images = [resize(image.cpu(), sizes[i]) if i in resized else image for i, image in enumerate(images)]
+        with self._uploads(images) as there:
+            rows = [(*image.shape[1:], *size) for image, size in zip(images, sizes, strict=True)]
+            captured.inputs.fill(there, rows)
+        begin = now(self.device)
         captured.replay()
+        run = Run(captured.outputs, len(images), begin, resized)
         self._check_weights()  # while the GPU works
-        results = _split(captured.outputs, len(images))
-        for result, image, fed in zip(results, images, reduced, strict=True):
-            if fed is not image:
-                result["boxes"] = _scale(result["boxes"], fed.shape[1:], image.shape[1:])
-        return results
+        return run
 
     @torch.inference_mode()
     def _call_uncaptured(self, images: Sequence[Tensor], return_stages: bool) -> list[dict[str, Tensor]] | StageOutputs:
@@ -191,8 +200,10 @@ class OptimizedSparseRCNN:
         batch, sizes = self.model._normalize(images)
         batch = batch.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         sizes = sizes.long().repeat(1, 2).to(self.device)
-        found, stages = self._program.stages(batch, sizes)
-        results = _split(found, len(images))
+        with self._on_device():
+            begin = now(self.device)
+            found, stages = self._program.stages(batch, sizes)
+            results = Run(found, len(images), begin).results()
         detections = [{name: values.to(self.device) for name, values in result.items()} for result in results]
         return StageOutputs(*stages, detections, losses={}) if return_stages else detections
 
@@ -232,26 +243,6 @@ def _are_pixels(images: Sequence[Tensor]) -> bool:
         and 0 not in image.shape
         for image in images
     )  # fmt: skip
-
-
-def _scale(boxes: Tensor, seen: Sequence[int], given: Sequence[int]) -> Tensor:
-    """Boxes [n, 4] from pixels of an image of (height, width) ``seen`` to those of one ``given``, clipped to it."""
-    x, y = given[1] / seen[1], given[0] / seen[0]
-    return (boxes * boxes.new_tensor([x, y, x, y])).minimum(boxes.new_tensor([given[1], given[0]] * 2))
-
-
-def _split(found: Found, count: int) -> list[dict[str, Tensor]]:
-    """The first ``count`` images' detections on the CPU, in tensors of their own."""
-    on_gpu = found.counts.is_cuda
-    found = Found(*(values.to("cpu", non_blocking=True) for values in found))
-    if on_gpu:
-        torch.cuda.current_stream().synchronize()  # the only wait
-    counts = found.counts.tolist()
-    names = ("boxes", "scores", "labels", "proposals")
-    return [
-        {name: values[index, : counts[index]].clone() for name, values in zip(names, found, strict=False)}
-        for index in range(count)
-    ]
 
 
 def _fused(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, str]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.weights import mmdet, official
-from sparse_rcnn.weights.atomic import atomic_write
+from sparse_rcnn.weights.atomic import atomic_write, flush
 from sparse_rcnn.weights.check import check_state_dict
 from sparse_rcnn.weights.infer_config import infer_config
 from sparse_rcnn.weights.safe_load import safe_load, tensors
@@ -23,6 +23,7 @@ from sparse_rcnn.weights.safe_load import safe_load, tensors
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
+_CONFIG_ENTRY = "config"  # of the metadata of the weights' file
 FAMILIES = {"official": official, "mmdet": mmdet}
 
 
@@ -45,9 +46,10 @@ def load_pretrained(path: str | os.PathLike[str]) -> tuple[SparseRCNNConfig, dic
     """Configuration and weights of a checkpoint, ready for ``SparseRCNN(config).load_state_dict``.
 
     Args:
-        path: a directory of :func:`save_pretrained` or the ``.safetensors`` file in it; a ``.pth`` or ``.pkl`` of the
-            official code or of mmdetection, recognised by its names (those of an optimizer are passed over); a
-            ``last.pt`` of our training.
+        path: a directory of :func:`save_pretrained` or the ``.safetensors`` file in it, whose configuration is that of
+            the ``config.json`` beside it, or its own if there is none; a ``.pth`` or ``.pkl`` of the official code or
+            of mmdetection, recognised by its names (those of an optimizer are passed over); a checkpoint of our
+            training, ``last.pt``.
 
     Returns:
         The configuration, and the state dict under our names with every floating tensor as float32.
@@ -94,12 +96,18 @@ def _state_dict(contents: dict[str, Any], path: Path) -> tuple[str, dict[str, An
 
 
 def _own_config(contents: dict[str, Any], path: Path) -> SparseRCNNConfig:
-    """Of the file itself, if it is one of the training, else of the config.json beside it."""
+    """Of the file itself, if it is one of the training, else of the config.json beside it, which one may edit."""
     if path.suffix.lower() != ".safetensors":
         if "model_config" not in contents:
             raise ValueError(f"{path}: expected 'model_config' beside 'model', or {WEIGHTS_NAME} with {CONFIG_NAME}")
         return _config(contents["model_config"], path)
-    return read_config(path.with_name(CONFIG_NAME))
+    beside = path.with_name(CONFIG_NAME)
+    if not beside.exists():
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if _CONFIG_ENTRY in metadata:
+            return _parse_config(metadata[_CONFIG_ENTRY], path)
+    return read_config(beside)
 
 
 def _foreign(family: str, contents: dict[str, Any], state: dict[str, Tensor], path: Path) -> Checkpoint:
@@ -128,8 +136,16 @@ def read_config(path: str | os.PathLike[str]) -> SparseRCNNConfig:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the JSON of a detector's configuration: {error}") from error
+    return _parse_config(text, path)
+
+
+def _parse_config(text: str, path: Path) -> SparseRCNNConfig:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected the JSON of a detector's configuration: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -154,7 +170,9 @@ def save_pretrained(
 ) -> Path:
     """Write ``model.safetensors`` and ``config.json``; existing ones are replaced only when both are complete.
 
-    What was written is read back and compared before it is put in place.
+    What was written is read back and compared before it is put in place. At every moment, a kill included, the
+    directory loads as the old model or as the new one: the weights' file has the configuration too, and a
+    ``config.json`` that says otherwise goes before the weights are replaced.
 
     Args:
         config: the detector's configuration.
@@ -176,14 +194,22 @@ def save_pretrained(
     check_state_dict(config, state_dict, directory)
     packed = pack(state_dict, dtype)
     directory.mkdir(parents=True, exist_ok=True)
-    with atomic_write(directory / WEIGHTS_NAME) as weights, atomic_write(directory / CONFIG_NAME) as settings:
-        settings.write_text(_config_text(config), encoding="utf-8")
+    text = _config_text(config)
+    beside = directory / CONFIG_NAME
+    # The inner file is put in place first.
+    with atomic_write(beside) as settings, atomic_write(directory / WEIGHTS_NAME) as weights:
+        settings.write_text(text, encoding="utf-8")
         try:
-            save_file(packed, weights, metadata={"format": "pt"})
+            # One entry only: safetensors writes several in random order, and equal models should give equal files.
+            save_file(packed, weights, metadata={_CONFIG_ENTRY: text})
         except SafetensorError as error:
             raise OSError(f"{directory / WEIGHTS_NAME}: cannot write it: {error}") from error
         weights.chmod(settings.stat().st_mode)  # safetensors makes its file readable by the owner alone
         check_same(load_file(weights), packed, directory / WEIGHTS_NAME)
+        flush(weights)  # before the first change, for this may find the disk full
+        if beside.exists() and beside.read_text(encoding="utf-8", errors="replace") != text:
+            beside.unlink()
+            flush(directory)
     return directory
 
 

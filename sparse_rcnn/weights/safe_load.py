@@ -16,12 +16,13 @@ from sparse_rcnn.weights.pickles import NUMPY, TRAINER_LOGS, PickledArray, check
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")
 
 
-def safe_load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def safe_load(path: str | os.PathLike[str], what: str = "a checkpoint") -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU.
 
     Args:
         path: ``.safetensors``; ``.pth`` or ``.pt`` of ``torch.save``, read with ``weights_only=True``; or ``.pkl`` of
             numpy arrays as detectron2 writes them, read by :mod:`sparse_rcnn.weights.pickles`.
+        what: the errors' name for what was expected.
 
     Returns:
         The dict in the file. Arrays of a ``.pkl`` are :class:`PickledArray`; see :func:`tensors`.
@@ -30,7 +31,7 @@ def safe_load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is missing, empty, damaged, of another kind, or names something to be executed.
     """
     path = Path(path)
-    wanted = f"{path}: expected a checkpoint ({', '.join(SUFFIXES)})"
+    wanted = f"{path}: expected {what} ({', '.join(SUFFIXES)})"
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{wanted}, got {'a directory' if path.is_dir() else f'the suffix {path.suffix!r}'}")
     if not path.is_file():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_rcnn.data.dataset import fingerprint
+from sparse_rcnn.data.fingerprint import changes, fingerprint
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.engine.evaluator import Numbering
 from tests.data_formats import CLASS_NAMES, WRITERS, make_splits, write_coco, write_voc, write_yolo
@@ -107,7 +107,7 @@ def test_without_leaves_the_other_images_as_they_are(copies):
 
 def test_a_copy_elsewhere_has_the_same_fingerprint(copies, splits, tmp_path):
     plain = fingerprint(open_dataset(copies["coco"], "train"))
-    assert len(plain) == 64 and int(plain, 16)
+    assert plain["names"].split("\0")[0] == "1-000.png" and len(plain["digests"]) == 16 * 6
     assert fingerprint(open_dataset(write_coco(tmp_path, splits), "train")) == plain
     assert fingerprint(open_dataset(copies["coco"], "valid")) != plain
     # VOC and YOLO keep their images in other folders, and the names are part of it; both layouts of a format agree
@@ -115,8 +115,21 @@ def test_a_copy_elsewhere_has_the_same_fingerprint(copies, splits, tmp_path):
     assert fingerprint(open_dataset(copies["yolo"], "train")) == fingerprint(open_dataset(copies["yolo"], "train"))
 
 
-@pytest.mark.parametrize("change", ["name", "box", "label", "size", "classes", "order", "image", "added box"])
-def test_any_change_of_the_data_changes_the_fingerprint(copies, change):
+CHANGES = {
+    "name": ["1 image gone (1-002.png)", "1 image new (other.png)"],
+    "box": ["1 image of another size or with other boxes (1-000.png)"],
+    "label": ["1 image of another size or with other boxes (1-000.png)"],
+    "size": ["1 image of another size or with other boxes (1-002.png)"],
+    "classes": ["classes cat, dog, elk instead of cat, dog, emu"],
+    "order": ["the same images in another order"],
+    "images": ["2 images gone (1-004.png, 1-005.png)"],
+    "all images": ["6 images gone (1-000.png, 1-001.png, 1-002.png, 1-003.png, 1-004.png, ...)"],
+    "crowd": ["1 image of another size or with other boxes (1-000.png)"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_of_the_data_changes_the_fingerprint_and_is_named(copies, change):
     dataset = open_dataset(copies["coco"], "train")
     plain = fingerprint(dataset)
     if change == "name":
@@ -130,12 +143,24 @@ def test_any_change_of_the_data_changes_the_fingerprint(copies, change):
     elif change == "classes":
         dataset.class_names = ("cat", "dog", "elk")
     elif change == "order":
-        dataset.images[0], dataset.images[1] = dataset.images[1], dataset.images[0]
-    elif change == "image":
-        dataset = dataset.without([5])
+        order = [1, 0, 2, 3, 4, 5]
+        dataset.images, dataset.boxes = [dataset.images[i] for i in order], dataset.boxes.select(order)
+    elif change == "images":
+        dataset = dataset.without([4, 5])
+    elif change == "all images":
+        dataset = dataset.without(range(6))
     else:
         dataset.boxes.target[0] = False
-    assert fingerprint(dataset) != plain
+    assert fingerprint(dataset) != plain and changes(plain, plain) == []
+    assert changes(plain, fingerprint(dataset)) == CHANGES[change]
+
+
+def test_images_of_one_name_are_told_apart(copies):
+    dataset = open_dataset(copies["coco"], "train")
+    dataset.images[1]["file_name"] = dataset.images[0]["file_name"]
+    plain = fingerprint(dataset)
+    dataset.images[1]["width"] += 1
+    assert changes(plain, fingerprint(dataset)) == ["1 image of another size or with other boxes (1-000.png)"]
 
 
 @pytest.mark.parametrize("cache_mb", [0, 1])

@@ -216,18 +216,25 @@ def test_whoever_watches_the_parameters_sees_a_replay():
     assert all(parameter._version > version for parameter, version in zip(step.step.parameters, before, strict=True))
 
 
-def test_a_bad_batch_stops_the_replays_too():
-    step, _, _ = graphed(make_step())
+def test_a_bad_batch_is_skipped_in_the_replays_too():
+    plain = make_step()
+    step, capture, _ = graphed(make_step())
     images, targets = sample(0)
     images = [image / 255 for image in images]
+    good = plain.model.prepare(images, targets)
+    bad = plain.model.prepare([images[0], images[1] * float("nan")], targets)
     for _ in range(WARM_UP_STEPS + 1):
-        step(step.step.model.prepare(images, targets))
-    before = state_of(step.step)
-    step(step.step.model.prepare([images[0], images[1] * float("nan")], targets))
-    assert not step.step.report.isfinite().all()
-    step(step.step.model.prepare(images, targets))
-    assert step.step.report.isfinite().all()
-    assert_equal(before, state_of(step.step))
+        step(good)
+        plain(good)
+    for counts in ([1, 1], [2, 2]):
+        step(bad)
+        assert not step.step.report.isfinite().all() and step.step.report[-2:].tolist() == counts
+        assert_equal(state_of(plain), state_of(step.step))
+    step(good)
+    plain(good)
+    assert step.step.report.isfinite().all() and step.step.report[-2:].tolist() == [0, 2]
+    assert_equal(state_of(plain), state_of(step.step))
+    assert capture.replays == 4
 
 
 def test_torchs_flag_is_set_for_the_capture_alone():

@@ -9,6 +9,7 @@ import pytest
 
 from sparse_rcnn.engine import logging
 from sparse_rcnn.engine.logging import Meter, RunLog, loss_kinds, read_records
+from tests.full_disk import files_of_at_most
 
 
 def steps_in(path) -> list[int]:
@@ -32,6 +33,21 @@ def test_what_a_crash_lost_and_cut_short_goes(tmp_path):
         log.record({"step": 3, "again": True})
     assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with (
+        pytest.raises(OSError) as error,
+        RunLog(tmp_path, 0, 4) as log,
+    ):
+        log.record({"step": 1})
+        with files_of_at_most(path.stat().st_size + 5):
+            log.record({"step": 2})
+    assert str(error.value) == f"{path}: cannot write the log (File too large)"
+    with RunLog(tmp_path, 1, 4) as log:
+        log.record({"step": 2})
+    assert steps_in(path) == [1, 2]
 
 
 def test_a_last_line_without_its_end_is_ended(tmp_path):

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
-import torch
 import yaml
 
 from sparse_rcnn import evaluate, train
 from sparse_rcnn.engine.arguments import TrainParser, read_arguments, recipes
 from sparse_rcnn.engine.checkpoint import load_checkpoint
 from sparse_rcnn.engine.config import TrainConfig
+from sparse_rcnn.engine.step import TrainStep
+from tests.full_disk import files_of_at_most
 
 QUICK = ["--backbone", "resnet18", "--backbone-weights", "none", "--steps", "2", "--batch-size", "1", "--device", "cpu"]
 SET = ["--set", "num_stages=2", "num_proposals=10", "hidden_dim=32", "num_heads=4", "min_size=64", "max-size=96"]
@@ -142,7 +145,10 @@ def test_what_a_run_is_made_of_cannot_change_on_resume(run, tmp_path, capsys):
         (["--data", "absent", "--output", "o"], "absent"),
         (["--data", "d", "--output", "o", "--lr", "0"], "lr: expected a positive number, got 0.0"),
         (["--data", "empty.json", "--output", "o"], "data: expected at least one image, got none in empty.json"),
-        (["--output", "absent", "--resume"], "absent/last.pt: expected a training checkpoint, found no such file"),
+        (
+            ["--output", "absent", "--resume"],
+            "absent/last.pt: expected a training checkpoint (.safetensors, .pth, .pt, .pkl), there is no",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -229,17 +235,40 @@ def test_a_training_image_that_cannot_be_read_is_named_and_exits_1(write_coco, t
     assert "1.png" in one_line_error(capsys, "train")
 
 
-def test_a_full_disk_exits_1_and_keeps_the_checkpoint(run, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_exits_1_and_keeps_the_checkpoint(run, tmp_path, capsys):
     assert run() == 0
     capsys.readouterr()
+    last = tmp_path / "run" / "last.pt"
+    with files_of_at_most(last.stat().st_size // 2):  # the log has room, and model/ too
+        assert train.main(["--output", str(tmp_path / "run"), "--resume", "--steps", "3"]) == 1
+    message = f"{last}: cannot write the checkpoint (File too large); the one before is as it was"
+    assert one_line_error(capsys, "train") == f"sparse_rcnn.train: error: {message}"
+    assert load_checkpoint(last)["step"] == 2
+    assert train.main(["--output", str(tmp_path / "run"), "--resume", "--steps", "3"]) == 0
+    assert load_checkpoint(last)["step"] == 3
 
-    def full(state, file):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    assert train.main(["--output", str(tmp_path / "run"), "--resume", "--steps", "3"]) == 1
-    assert "No space left on device" in one_line_error(capsys, "train")
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_only_an_interrupt_is_a_failure(run, tmp_path, monkeypatch, number, code):
+    step = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda *arguments: (step(*arguments), os.kill(os.getpid(), number)))
+    assert run("--checkpoint-every", "0") == code
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1
+
+
+def test_a_time_limit_is_no_failure(run, tmp_path):
+    assert run("--time-limit", "0", "--checkpoint-every", "0") == 0
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exits_2(run, tmp_path, capsys):
+    assert run() == 0
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    capsys.readouterr()
+    assert train.main(["--output", str(tmp_path / "run"), "--resume"]) == 2
+    error = one_line_error(capsys, "train")
+    assert error.startswith(f"sparse_rcnn.train: error: {last}: expected a training checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -41,22 +41,6 @@ def assert_same(a, b, path="") -> None:
         assert a == b, path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_six_steps_are_three_and_three(tiny_config, tmp_path, workers):
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    Trainer(tiny_config(output=whole)).run()
-    Trainer(tiny_config(output=parts, steps=3)).run()
-    torch.rand(5)  # a new process has its generator elsewhere
-    Trainer(tiny_config(output=parts, resume=True, workers=workers)).run()
-
-    a, b = load_checkpoint(f"{whole}/last.pt"), load_checkpoint(f"{parts}/last.pt")
-    assert a["step"] == 6 and len(a["optimizer"]["state"]) > 50
-    for key in ("model", "optimizer", "step", "rng", "best_ap", "model_config"):
-        assert_same(a[key], b[key], key)
-    assert timeless(whole) == timeless(parts)
-    assert [record["step"] for record in timeless(whole)] == [1, 2, 3, 4, 5, 6]
-
-
 def test_what_a_run_leaves_behind(tiny_config, scenes, capsys):
     config = tiny_config(val=str(scenes), steps=3, eval_every=2, checkpoint_every=2)
     trainer = Trainer(config)
@@ -100,14 +84,14 @@ def test_training_goes_down_on_two_images(tiny_config, scenes, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def in_step(trainer: Trainer, step: int, change) -> None:
-    """Let ``change(losses)`` have the losses of one step; what it returns, if anything, takes their place."""
+def in_steps(trainer: Trainer, steps, change) -> None:
+    """Let ``change(losses)`` have the losses of some steps; what it returns, if anything, takes their place."""
     count = 0
 
     def hook(module, arguments, losses):
         nonlocal count
         count += 1
-        return change(losses) if count == step else None
+        return change(losses) if count in steps else None
 
     trainer.model.criterion.register_forward_hook(hook)
 
@@ -116,15 +100,83 @@ def poison(losses):
     return {**losses, "loss_giou_0": losses["loss_giou_0"] * math.nan}
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tiny_config, tmp_path):
-    trainer = Trainer(tiny_config(checkpoint_every=2))
-    in_step(trainer, 4, poison)
-    with pytest.raises(TrainingError, match=r"step 4, image ids \d+, \d+: loss_giou_0 is nan; .*last\.pt is as it was"):
+def ids_of_batches(trainer: Trainer, monkeypatch) -> list[str]:
+    """The image ids of each batch from now on, as messages show them."""
+    seen = []
+    prepare = trainer.model.prepare
+
+    def watched(images, targets, *shape):
+        seen.append(", ".join(str(target["image_id"]) for target in targets))
+        return prepare(images, targets, *shape)
+
+    monkeypatch.setattr(trainer.model, "prepare", watched)
+    return seen
+
+
+def test_five_steps_in_a_row_that_are_not_finite_stop_and_keep_the_checkpoint(tiny_config, tmp_path, monkeypatch):
+    trainer = Trainer(tiny_config(checkpoint_every=2, steps=12))
+    ids = ids_of_batches(trainer, monkeypatch)
+    in_steps(trainer, {1, 3, 4, 5, 6, 7}, poison)
+    with pytest.raises(TrainingError) as raised:
         trainer.run()
+    kept = f"{tmp_path / 'run' / 'last.pt'} is as it was"
+    last = "; ".join(f"step {step}, image ids {ids[step - 1]}" for step in range(3, 8))
+    assert str(raised.value) == (
+        f"step 7, image ids {ids[6]}: loss_giou_0 is nan; 5 steps in a row and 6 in all were not finite; {kept}. "
+        f"The last of them: {last}. A lower lr or a longer warm-up may help"
+    )
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert checkpoint["step"] == 2
+    assert checkpoint["step"] == 6 and checkpoint["skipped"] == [4, 5]
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
-    assert [record["step"] for record in log_of(tmp_path / "run")] == [1, 2, 3]
+    records = log_of(tmp_path / "run")
+    assert [(record["kind"], record["step"]) for record in records] == [
+        *(("skipped", 1), ("train", 2), ("skipped", 3), ("skipped", 4), ("skipped", 5), ("skipped", 6), ("skipped", 7)),
+    ]
+    assert records[2]["problem"] == "loss_giou_0 is nan"
+    assert ", ".join(str(image_id) for image_id in records[2]["image_ids"]) == ids[2]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_said(tiny_config, tmp_path, monkeypatch, capsys):
+    trainer = Trainer(tiny_config(log_every=3))
+    ids = ids_of_batches(trainer, monkeypatch)
+    before = {}
+
+    def remember(losses):
+        before.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        return poison(losses)
+
+    in_steps(trainer, {4}, remember)
+    in_steps(trainer, {5}, lambda losses: assert_same(before, dict(trainer.model.state_dict())))
+    trainer.run()
+    assert f"warning: step 4, image ids {ids[3]}: loss_giou_0 is nan; the step is skipped\n" in capsys.readouterr().out
+    records = log_of(tmp_path / "run")
+    assert [(record["kind"], record["step"]) for record in records] == [("train", 3), ("skipped", 4), ("train", 6)]
+    assert all(math.isfinite(record["loss"]) for record in records[::2])
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (checkpoint["step"], checkpoint["skipped"]) == (6, [0, 1])
+    assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {5}
+    assert not all(torch.equal(value, before[name]) for name, value in checkpoint["model"].items())
+
+
+def test_steps_that_are_not_finite_resume_exactly(tiny_config, tmp_path):
+    """The last of four in a row is the first of the resumed part; the fifth ends either run."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    messages = []
+    for output, stops in ((whole, [10]), (parts, [5, 10])):
+        for stop in stops:
+            trainer = Trainer(tiny_config(output=output, steps=stop, checkpoint_every=5, resume=stop != stops[0]))
+            in_steps(trainer, {step - trainer.step for step in (3, 4, 5, 6, 7)}, poison)
+            if stop == 10:
+                with pytest.raises(TrainingError) as raised:
+                    trainer.run()
+                messages.append(str(raised.value).split(";")[:2])
+            else:
+                trainer.run()
+    assert messages[0] == messages[1] and "5 steps in a row" in messages[0][1]
+    first, second = load_checkpoint(f"{whole}/last.pt"), load_checkpoint(f"{parts}/last.pt")
+    for key in ("model", "optimizer", "skipped", "step"):
+        assert_same(first[key], second[key], key)
+    assert timeless(whole) == timeless(parts) and len(timeless(whole)) == 7
 
 
 class Late:
@@ -148,35 +200,29 @@ def late_reports(monkeypatch):
 # What first makes the host sure of all steps: the end, a log record, a checkpoint, an evaluation.
 BOUNDARIES = {
     "end": {"log_every": 100, "checkpoint_every": 0},
-    "log": {"log_every": 4, "checkpoint_every": 0},
-    "checkpoint": {"log_every": 100, "checkpoint_every": 4},
-    "evaluation": {"log_every": 100, "checkpoint_every": 0, "eval_every": 4},
+    "log": {"log_every": 8, "checkpoint_every": 0},
+    "checkpoint": {"log_every": 100, "checkpoint_every": 8},
+    "evaluation": {"log_every": 100, "checkpoint_every": 0, "eval_every": 8},
 }
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_a_step_found_bad_later_is_named_and_left_nothing_behind(
+def test_too_many_bad_steps_found_later_are_named_and_nothing_is_written(
     tiny_config, scenes, tmp_path, late_reports, monkeypatch, boundary
 ):
-    alone = Trainer(tiny_config(output=str(tmp_path / "alone"), steps=2))
-    alone.run()
     changes = {**BOUNDARIES[boundary], "val": str(scenes) if boundary == "evaluation" else None}
-    trainer = Trainer(tiny_config(output=str(tmp_path / "late"), **changes))
-    in_step(trainer, 3, poison)
-    batches = []
-    prepare = trainer.model.prepare
-    monkeypatch.setattr(trainer.model, "prepare", lambda *given: batches.append(given[1]) or prepare(*given))
+    trainer = Trainer(tiny_config(steps=10, **changes))
+    in_steps(trainer, {2, 3, 4, 5, 6}, poison)
+    ids = ids_of_batches(trainer, monkeypatch)
     with pytest.raises(TrainingError) as raised:
         trainer.run()
-    ids = ", ".join(str(target["image_id"]) for target in batches[2])
-    kept = "there is no checkpoint yet. A lower lr or a longer warm-up may help"
-    assert str(raised.value) == f"step 3, image ids {ids}: loss_giou_0 is nan; {kept}"
-    assert len(batches) == (6 if boundary == "end" else 4), "the host looked later than the step"
-    assert trainer.step == 2
-    assert_same(dict(trainer.model.state_dict()), dict(alone.model.state_dict()))
-    assert_same(trainer.optimizer.state_dict()["state"], alone.optimizer.state_dict()["state"])
-    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["data_report.txt", "metrics.jsonl"]
-    assert log_of(tmp_path / "late") == []
+    counts = "5 steps in a row and 5 in all were not finite"
+    assert str(raised.value).startswith(
+        f"step 6, image ids {ids[5]}: loss_giou_0 is nan; {counts}; there is no checkpoint yet. "
+    )
+    assert len(ids) == (10 if boundary == "end" else 8), "the host looked later than the step"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data_report.txt", "metrics.jsonl"]
+    assert {record["kind"] for record in log_of(tmp_path / "run")} == {"skipped"}
 
 
 def test_late_reports_make_the_same_log_and_the_same_model(tiny_config, tmp_path, monkeypatch, request):
@@ -204,7 +250,7 @@ def test_predictions_that_are_not_finite_stop_with_the_step_and_the_images(tiny_
     trainer = Trainer(tiny_config())
     with torch.no_grad():
         trainer.model.init_proposal_features.weight.fill_(math.inf)
-    with pytest.raises(TrainingError, match=r"step 1, image ids \d+, \d+: loss_.* is nan.*there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"step 5, image ids \d+, \d+: loss_.* is nan.*there is no checkpoint yet"):
         trainer.run()
 
 
@@ -221,7 +267,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_config):
 def test_a_signal_ends_the_step_and_saves(tiny_config, tmp_path, number):
     before = signal.getsignal(number)
     trainer = Trainer(tiny_config(checkpoint_every=0))
-    in_step(trainer, 2, lambda losses: os.kill(os.getpid(), number))
+    in_steps(trainer, {2}, lambda losses: os.kill(os.getpid(), number))
     assert trainer.run() == number
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
     assert signal.getsignal(number) is before

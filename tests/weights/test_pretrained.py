@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import math
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.weights import check_state_dict, load_pretrained, read_checkpoint, read_config, save_pretrained
@@ -41,7 +47,7 @@ def test_own_format_gives_back_configuration_and_tensors(tiny_directory, tiny_co
         assert config == tiny_config
         assert_same(state, tiny_state)
     with safe_open(tiny_directory / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {"config": (tiny_directory / "config.json").read_text()}
     assert (tiny_directory / "model.safetensors").stat().st_mode == (tiny_directory / "config.json").stat().st_mode
 
 
@@ -207,10 +213,75 @@ def test_bad_config_json(tmp_path, tiny_directory, text, message):
     assert str(tmp_path) in str(error.value)
 
 
-def test_missing_config_json(tmp_path, tiny_directory):
+def test_without_config_json_the_weights_have_their_own(tmp_path, tiny_directory, tiny_config, assert_same):
     (tmp_path / "model.safetensors").hardlink_to(tiny_directory / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        config, state = load_pretrained(path)
+        assert config == tiny_config
+        assert_same(state, load_pretrained(tiny_directory)[1])
+
+
+def test_a_config_json_that_was_edited_counts(tmp_path, tiny_config, tiny_state):
+    save_pretrained(tiny_config, tiny_state, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"min_size": ' + str(tiny_config.min_size), '"min_size": 97'))
+    assert load_pretrained(tmp_path)[0] == tiny_config.replace(min_size=97)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 9}', '{"format_version": 1, "num_classes": -1}'])
+def test_a_bad_configuration_in_the_weights_is_refused(tmp_path, tiny_state, text):
+    save_file(tiny_state, tmp_path / "model.safetensors", metadata={"config": text})
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+        load_pretrained(tmp_path)
+
+
+def test_missing_config_json(tmp_path, tiny_state):
+    save_file(tiny_state, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="config.json: expected the JSON"):
         load_pretrained(tmp_path / "model.safetensors")
+
+
+def test_equal_models_give_equal_files(tmp_path, tiny_config, tiny_state):
+    first, second = (save_pretrained(tiny_config, tiny_state, tmp_path / name) for name in "ab")
+    for name in ("model.safetensors", "config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_folder_is_the_old_model_or_the_new_one_at_every_moment(tmp_path, tiny_config, monkeypatch, assert_same):
+    """Ends the second save before each of its operations on names, and loads what there is."""
+    config = tiny_config.replace(backbone="lcnet_035")  # small files
+    other = config.replace(class_names=("c", "b", "a"))
+    models = {name: (each, SparseRCNN(each).state_dict()) for name, each in (("old", config), ("new", other))}
+    seen = []
+    for moment in itertools.count():
+        folder = tmp_path / str(moment)
+        save_pretrained(*models["old"], folder)
+        count = 0
+
+        def count_down(function, *arguments, moment=moment, **options):
+            nonlocal count
+            count += 1
+            if count > moment:
+                raise Killed
+            return function(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (os, "unlink"), (os, "fsync")):
+                patch.setattr(owner, name, functools.partial(count_down, getattr(owner, name)))
+            patch.setattr(Path, "unlink", lambda path, missing_ok=False: path.exists() and os.unlink(path))
+            with contextlib.suppress(Killed):
+                save_pretrained(*models["new"], folder)
+        loaded, state = load_pretrained(folder)
+        found = next(name for name, model in models.items() if loaded == model[0])
+        assert_same(state, models[found][1])
+        seen.append(found)
+        if count <= moment:
+            break
+    assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"} and len(seen) > 6
 
 
 def test_failed_save_leaves_the_old_files(tmp_path, tiny_config, tiny_state, shapes, monkeypatch):
@@ -237,8 +308,6 @@ def test_saving_over_a_file_is_refused(tmp_path, tiny_config, shapes):
 
 
 def test_what_does_not_read_back_is_not_kept(tmp_path, tiny_config, shapes, monkeypatch):
-    from safetensors.torch import save_file
-
     def damaged(tensors, path, metadata):
         save_file({**tensors, "head.stages.1.norm3.bias": torch.zeros(16)}, path, metadata)
 
