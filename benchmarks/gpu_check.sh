@@ -105,6 +105,8 @@ main() {
     step compression 30 benchmarks.log "$PYTHON" -m benchmarks.compression --device cuda --json "$OUT/compression.json"
     step pipeline 45 benchmarks.log "$PYTHON" -m benchmarks.pipeline --device cuda --batch-size 16 --workers 8 --rounds 3 \
       --json "$OUT/pipeline_cuda.json"
+    step "training step" 120 benchmarks.log "$PYTHON" -m benchmarks.train_step --device cuda --batch-size 2 \
+      --json "$OUT/train_step_cuda.json"
     sanitizers
     step "whole image, torch.compile" 200 benchmarks.log "$PYTHON" -m benchmarks.model --device cuda --runs 3 \
       --batches 1 --compile --json "$OUT/model_cuda_compiled.json"

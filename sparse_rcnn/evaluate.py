@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from sparse_rcnn.data.dataset import DetectionDataset, some
 from sparse_rcnn.data.formats import SPLITS, open_dataset
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.evaluator import EvalResult, evaluate, match_classes
 from sparse_rcnn.engine.scoring import SCORERS, pick_scorer
 from sparse_rcnn.engine.stages import StageResult, evaluate_stages
@@ -19,7 +20,7 @@ from sparse_rcnn.weights.atomic import atomic_write
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if distributed.first_to_complain() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,8 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 (an image could not be read, or a file not written) or 2 (bad arguments)"""
+    distributed.connect()
     args = build_parser().parse_args(arguments)
     try:
+        distributed.start(args.device)
         model, dataset = _load(args)
         match_classes(model.config, dataset)
     except (ValueError, TypeError, OSError) as error:
@@ -54,25 +57,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = {"batch_size": args.batch_size, "dtype": args.dtype, "progress": True, "scorer": args.scorer}
         result = evaluate(model, dataset, tta=args.tta, **options)
-        print("\n".join(table(result)))
-        record = {"weights": args.weights, "data": args.data, **result.to_dict()}
-        if args.stages:
-            stages = evaluate_stages(model, dataset, **options)
-            print("\n".join(stage_table(stages)))
-            record["stages"] = [stage.to_dict() for stage in stages]
-        if args.json:
-            _write_json(args.json, record, indent=2)
-        if args.detections:
-            _write_json(args.detections, result.detections)
+        stages = evaluate_stages(model, dataset, **options) if args.stages else None
+        if distributed.is_main():
+            _tell(args, result, stages)
+        distributed.stop()
     except (ValueError, OSError, RuntimeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     if result.failed:
-        for line in result.failed:
-            print(line, file=sys.stderr)
+        if distributed.is_main():
+            print("\n".join(result.failed), file=sys.stderr)
         return _fail(f"{len(result.failed)} of {len(dataset)} images could not be read; they count as empty", 1)
     return 0
+
+
+def _tell(args: argparse.Namespace, result: EvalResult, stages: list[StageResult] | None) -> None:
+    """Print the tables, and write the files that were asked for."""
+    print("\n".join(table(result)))
+    record = {"weights": args.weights, "data": args.data, **result.to_dict()}
+    if stages is not None:
+        print("\n".join(stage_table(stages)))
+        record["stages"] = [stage.to_dict() for stage in stages]
+    if args.json:
+        _write_json(args.json, record, indent=2)
+    if args.detections:
+        _write_json(args.detections, result.detections)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, DetectionDataset]:
@@ -80,7 +90,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, DetectionDataset]:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
-    device = pick_device(args.device)
+    device = pick_device(distributed.own_device(args.device))
     pick_scorer(args.scorer)
     dataset = open_dataset(args.data, args.split)
     if dataset.left_out:  # the numbers of a part are not those of the split
@@ -117,7 +127,8 @@ def _write_json(path: str, value: Any, indent: int | None = None) -> None:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"sparse_rcnn.evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if distributed.first_to_complain():
+        print(f"sparse_rcnn.evaluate: error: {distributed.describe(error)}", file=sys.stderr)
     return code
 
 

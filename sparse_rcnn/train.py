@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.arguments import read_arguments
 from sparse_rcnn.engine.checkpoint import load_checkpoint
 from sparse_rcnn.engine.config import TrainConfig
@@ -49,9 +50,12 @@ def config_from_flags(flags: dict[str, Any]) -> TrainConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 (SIGTERM and a time limit are asked for), 1 (training failed), 2 (bad arguments or
     data) or 130 (interrupted by SIGINT, after a checkpoint if once)."""
+    distributed.connect()
     flags = read_arguments(arguments)
     try:
-        trainer = Trainer(config_from_flags(flags))
+        distributed.start(flags.get("device", "auto"))
+        trainer = Trainer(config_from_flags(_after_restart(flags)))
+        distributed.remember(_started(flags))
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, 2)
     try:
@@ -60,13 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:  # the second one; the first lets the step end and saves
         return _fail("interrupted before the step was done; the last checkpoint is as it was", 130)
-    if trainer.step == trainer.config.steps and stopped_by is None:
+    main_process = distributed.is_main()
+    distributed.stop()
+    if main_process and trainer.step == trainer.config.steps and stopped_by is None:
         try_report(trainer.output, trainer.config.device, RunLog.say)
     return 130 if stopped_by == signal.SIGINT else 0
 
 
+def _after_restart(flags: dict[str, Any]) -> dict[str, Any]:
+    """With ``resume``, if ``torchrun`` started the processes anew after they had begun this very run and saved."""
+    last = Path(flags.get("output", ""), "last.pt")
+    if distributed.restarts() and distributed.remembered(_started(flags)) and last.exists():
+        return {**flags, "resume": True}
+    return flags
+
+
+def _started(flags: dict[str, Any]) -> str:
+    return f"training into {flags.get('output')}"
+
+
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"sparse_rcnn.train: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if distributed.first_to_complain():
+        print(f"sparse_rcnn.train: error: {distributed.describe(error)}", file=sys.stderr)
     return code
 
 

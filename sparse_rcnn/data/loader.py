@@ -1,7 +1,9 @@
-"""Batches for training, a pure function of (seed, step)."""
+"""Batches for training, a pure function of (seed, step), and a process's share of them."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,11 +24,13 @@ def train_batches(
     start_step: int = 0,
     workers: int = 0,
     group_shapes: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
     """Endless batches of transformed images. Every epoch visits every image once, in an order of its own.
 
     The batch of a step, augmentation included, depends on the data, the batch size, the seed and the step alone:
-    starting at ``start_step`` gives what an uninterrupted run would have seen, with any number of workers.
+    starting at ``start_step`` gives what an uninterrupted run would have seen, with any number of workers, and the
+    shares of all processes are together what a single one would see.
 
     Args:
         dataset: items (image uint8 [3, H, W], target).
@@ -37,10 +41,12 @@ def train_batches(
         workers: processes that load; 0 loads in this one.
         group_shapes: make batches of wide images and batches of tall ones, so that less of a batch is padding. At most
             two batches an epoch are mixed. Needs ``dataset.images`` with ``height`` and ``width``.
+        share: (i, n): give part i of n equal parts of each batch.
 
     Raises:
         ValueError: the data set is empty or an argument is out of range.
         ImageError: from the iterator, when an image cannot be decoded; the message names it.
+        LoaderError: inside of :func:`lost_workers`, when a worker dies.
     """
     if len(dataset) == 0:
         raise ValueError("dataset: expected at least one image, got none")
@@ -49,12 +55,16 @@ def train_batches(
     ):  # fmt: skip
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    part, parts = share
+    if batch_size % parts:
+        raise ValueError(f"batch_size: expected a multiple of {parts}, the number of parts, got {batch_size}")
+    size = batch_size // parts
     wide = np.zeros(len(dataset), dtype=bool)
     if group_shapes:
         wide = np.array([image["width"] > image["height"] for image in dataset.images])
     loader = DataLoader(
         _Samples(dataset, transform, seed),
-        batch_sampler=_Order(wide, batch_size, seed, start_step),
+        batch_sampler=_Order(wide, batch_size, seed, start_step, slice(part * size, (part + 1) * size)),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_ignore_signals,
@@ -69,6 +79,24 @@ def _ignore_signals(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+class LoaderError(RuntimeError):
+    """A loader process died."""
+
+
+@contextlib.contextmanager
+def lost_workers() -> Iterator[None]:
+    """Say in a :class:`LoaderError` what PyTorch raises, wherever the program is just then, when a worker dies."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)\.?\s*(?:\n|$)", str(error))
+        if found is None:
+            raise
+        raise LoaderError(
+            f"loader worker {found[1]} {found[2]}; where memory ran out, fewer workers or a smaller cache_mb help"
+        ) from error
 
 
 def _raising(loader: DataLoader) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
@@ -88,10 +116,10 @@ def _collate(samples: list[tuple[Tensor, dict] | ImageError]) -> tuple[list[Tens
 
 
 class _Order:
-    """Endless batches of (position in the run, image index), of one group as far as that goes."""
+    """Parts of endless batches of (position in the run, image index), of one group as far as that goes."""
 
-    def __init__(self, group: np.ndarray, batch_size: int, seed: int, start_step: int) -> None:
-        self.group, self.batch_size, self.seed, self.start_step = group, batch_size, seed, start_step
+    def __init__(self, group: np.ndarray, batch_size: int, seed: int, start_step: int, part: slice) -> None:
+        self.group, self.batch_size, self.seed, self.start_step, self.part = group, batch_size, seed, start_step, part
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         position, epoch, order, num_images = self.start_step * self.batch_size, -1, None, len(self.group)
@@ -103,7 +131,7 @@ class _Order:
                     order = self._epoch(epoch)
                 batch.append((position, order[position % num_images]))
                 position += 1
-            yield batch
+            yield batch[self.part]
 
     def _epoch(self, epoch: int) -> list[int]:
         """A permutation of the images, reordered so that each batch that lies within the epoch is of one group."""

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.suggestions import did_you_mean
 
@@ -82,7 +83,8 @@ class TrainParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line, and exit with 2."""
-        self.exit(2, f"{self.prog}: error: {self.reading}{self._in_words(message)}\n")
+        line = f"{self.prog}: error: {self.reading}{self._in_words(message)}\n"
+        self.exit(2, line if distributed.first_to_complain() else None)
 
     def _in_words(self, message: str) -> str:
         if found := re.match(r"unrecognized arguments: (--[^\s=]+)", message):

@@ -18,6 +18,9 @@ def _option(default: Any, text: str) -> Any:
 class TrainConfig:
     """Everything that determines a training run; the flags of ``python -m sparse_rcnn.train`` are these fields.
 
+    ``batch_size`` counts the images of an optimizer step, whatever number of processes and micro-batches they are
+    divided among: neither changes what is trained.
+
     A recipe states ``base_lr`` for a batch of ``base_batch`` images, ``epochs``, and the parts ``decay_at`` of the run
     after which the learning rate falls; :func:`~sparse_rcnn.engine.schedule.resolve` makes ``lr``, ``steps`` and
     ``decay_steps`` of them. Those three are taken as they are where they are given.
@@ -36,7 +39,8 @@ class TrainConfig:
     set: dict[str, Any] = _option({}, "fields of SparseRCNNConfig, as in num_proposals=50 min_size=256")
     epochs: float = _option(36.0, "passes over the data")
     steps: int | None = _option(None, "optimizer steps, instead of epochs")
-    batch_size: int = _option(2, "images a step")
+    batch_size: int = _option(2, "images a step, of all processes and micro-batches together")
+    accumulate: int = _option(1, "micro-batches, one after the other, that a process divides its images of a step into")
     base_lr: float | None = _option(
         None,
         "learning rate after warm-up for batches of base_batch images, in proportion for others; default 2.5e-5 "
@@ -59,15 +63,15 @@ class TrainConfig:
     seed: int = _option(0, "seed of initialisation, data order and augmentation")
     augment: str = _option("paper", "paper (flip, multi-scale, and crop if asked for) or small, for few images")
     group_shapes: bool = _option(False, "batches of wide images and batches of tall ones, which need less padding")
-    workers: int = _option(0, "loader processes")
-    cache_mb: int = _option(0, "megabytes of decoded images to keep in memory, which the workers share")
+    workers: int = _option(0, "loader processes of each training process")
+    cache_mb: int = _option(0, "megabytes of decoded images that each training process keeps, which its workers share")
     strict: bool = _option(False, "decode every image before the first step, and refuse data with any problem")
     log_every: int = _option(20, "steps between log records")
     eval_every: int = _option(1000, "steps between evaluations on val; 0 is at the end only")
     checkpoint_every: int = _option(500, "steps between checkpoints; 0 is at the end only")
     keep_every: int = _option(0, "steps between checkpoints that are kept, as step_00005000.pt; 0 keeps none")
     time_limit: float | None = _option(None, "minutes after which to stop with a checkpoint")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...; of several processes each takes a GPU of its own")
     dtype: str = _option("float32", "float32, or bfloat16 for autocast")
     cuda_graph: bool = _option(
         False,
@@ -93,6 +97,10 @@ class TrainConfig:
             raise ValueError(f"decay_at: expected parts of the run, above 0 and at most 1, got {self.decay_at}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected at least 0 and below 1, got {self.ema_decay}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size: expected a multiple of accumulate {self.accumulate}, got {self.batch_size}")
+        if self.cuda_graph and self.accumulate > 1:
+            raise ValueError(f"cuda_graph: expected accumulate 1, got {self.accumulate}")
         if self.flip > 1:
             raise ValueError(f"flip: expected a probability, got {self.flip}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -108,5 +116,5 @@ class TrainConfig:
 _MINIMUM = {
     **{"steps": 1, "batch_size": 1, "max_size": 1, "backbone_lr_factor": 0, "weight_decay": 0, "warmup_steps": 0},
     **{"warmup_factor": 0, "flip": 0, "workers": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0},
-    **{"time_limit": 0, "cache_mb": 0, "keep_every": 0, "base_batch": 1},
+    **{"time_limit": 0, "cache_mb": 0, "keep_every": 0, "base_batch": 1, "accumulate": 1},
 }

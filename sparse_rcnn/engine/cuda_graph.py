@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.step import TrainStep
 from sparse_rcnn.losses import PackedTargets
 from sparse_rcnn.models.batch import SIZE_MULTIPLE, Batch, PaddedShape, round_up
@@ -135,6 +136,8 @@ def refusal(device: torch.device) -> str | None:
     """Why the training step cannot be captured on ``device``, in words."""
     if device.type != "cuda":
         return f"expected a CUDA device, got {device}"
+    if distributed.world_size() > 1:
+        return f"expected one process, got {distributed.world_size()}"
     for name in _NEEDS_KERNEL:
         if _library.serving(name, device.type) == _library.REFERENCE:
             return f"{name} waits for the device without its kernel, and {_library.why_not(name, device.type)}"

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sparse_rcnn.data.dataset import DetectionDataset
-from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.detections import Detections
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.scoring import coco_metrics, pick_scorer
+from sparse_rcnn.engine.shard import Shard
 from sparse_rcnn.engine.views import detect_augmented
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.runtime import Predictor
@@ -63,7 +63,8 @@ def evaluate(
 ) -> EvalResult:
     """Run ``model`` over ``dataset`` and score the detections as COCO does (at most 100 an image).
 
-    The model is put in evaluation mode, and back in the mode it came in. Classes are matched by name.
+    The model is put in evaluation mode, and back in the mode it came in. Classes are matched by name. Of several
+    processes each goes through a part of the data; all return the same, but the detections, which the first one has.
 
     Args:
         model: a ``SparseRCNN``.
@@ -81,9 +82,10 @@ def evaluate(
     categories, notes = match_classes(model.config, dataset)
     numbering = Numbering(dataset)
     rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress, tta)
-    metrics, per_class = coco_metrics(numbering.ground_truth(), rows, scorer)
+    metrics, per_class = distributed.from_main(lambda: coco_metrics(numbering.ground_truth(), rows, scorer))
     per_class = {dataset.class_names[number - 1]: values for number, values in per_class.items()}
-    return EvalResult(metrics, per_class, numbering.to_coco(rows), failed, notes, scorer)
+    detections = numbering.to_coco(rows) if distributed.is_main() else []
+    return EvalResult(metrics, per_class, detections, failed, notes, scorer)
 
 
 class Numbering:
@@ -181,20 +183,17 @@ def detect_dataset(
     progress: bool = False,
     tta: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
-    """Detections of every image as :func:`coco_metrics` takes them, and a line for each that could not be read."""
-    numbering = Numbering(dataset)
-    rows = [np.zeros((0, 7))]
-    failed: list[str] = []
-    image_ids: deque[int] = deque()  # of the images that are read but not yet through the network
+    """Detections of every image as :func:`coco_metrics` takes them, and a line for each that could not be read.
+
+    Of several processes each detects in its :class:`Shard`, and all return the same.
+    """
+    numbering, shard = Numbering(dataset), Shard(dataset, batch_size)
+    rows: dict[int, np.ndarray] = {}
+    waiting: deque[int] = deque()  # indices of the images that are read but not yet through the network
 
     def readable_images() -> Iterator[Tensor]:
-        for index in range(len(dataset)):
-            try:
-                image, target = dataset[index]
-            except ImageError as error:
-                failed.append(str(error))
-                continue
-            image_ids.append(target["image_id"])
+        for index, image in shard.images():
+            waiting.append(index)
             yield image
 
     was_training = model.training
@@ -204,8 +203,9 @@ def detect_dataset(
     if tta:
         found = (detect_augmented(model, image, dtype).filter(classes=present) for image in readable_images())
     try:
-        for detections in tqdm(found, "evaluate", len(dataset), leave=False, disable=None if progress else True):
-            rows.append(numbering.rows(image_ids.popleft(), detections, categories))
+        for detections in shard.bar(found, "evaluate", progress):
+            index = waiting.popleft()
+            rows[index] = numbering.rows(dataset.images[index]["id"], detections, categories)
     finally:
         model.train(was_training)
-    return np.concatenate(rows), failed
+    return np.concatenate([np.zeros((0, 7)), *shard.gather(rows)]), shard.gather(shard.failed)

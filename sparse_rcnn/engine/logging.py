@@ -102,6 +102,28 @@ class RunLog:
         self.bar.update()
 
 
+class NoLog:
+    """What :class:`RunLog` is to a process that leaves writing and talking to another."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def record(self, values: dict[str, Any]) -> None:
+        pass
+
+    def training(self, values: dict[str, Any]) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+
 class Meter:
     """Means over the steps since the last log record."""
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from sparse_rcnn.data.dataset import DetectionDataset
-from sparse_rcnn.data.decode import ImageError
+from sparse_rcnn.detections import Detections
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.evaluator import Numbering, match_classes
 from sparse_rcnn.engine.scoring import coco_metrics
+from sparse_rcnn.engine.shard import Shard
 from sparse_rcnn.engine.views import detect, usual_view
 
 _DUPLICATE_IOU = 0.7
@@ -53,48 +54,64 @@ def evaluate_stages(
     """Score the detections of every stage; see :func:`sparse_rcnn.engine.evaluator.evaluate` for the arguments."""
     categories, _ = match_classes(model.config, dataset)
     present = [label for label, category in enumerate(categories) if category is not None]
-    numbering, stages = Numbering(dataset), range(model.config.num_stages)
-    plain, suppressed = ([[np.zeros((0, 7))] for _ in stages] for _ in range(2))
-    removed, objects = np.zeros(len(stages)), 0
+    numbering, shard = Numbering(dataset), Shard(dataset, batch_size)
+
+    def detected() -> Iterator[tuple[int, list[Detections]]]:
+        for indices, images in shard.batches():
+            stages = detect(model, images, usual_view(model), dtype, every_stage=True)
+            yield from zip(indices, map(list, zip(*stages, strict=True)), strict=True)
+
+    found: dict[int, list[_StageOfImage]] = {}
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=len(dataset), desc="stages", leave=False, disable=None if progress else True) as bar:
-            for indices, images in _batches(dataset, batch_size):
-                objects += sum(len(dataset.targets(index)[0]) for index in indices)
-                for stage, of_stage in enumerate(detect(model, images, usual_view(model), dtype, every_stage=True)):
-                    for index, found in zip(indices, of_stage, strict=True):
-                        image_id, found = dataset.images[index]["id"], found.filter(classes=present)
-                        best = found.filter(top_k=len(dataset.targets(index)[0]))
-                        removed[stage] += len(best) - len(best.nms(_DUPLICATE_IOU))
-                        plain[stage].append(numbering.rows(image_id, found, categories))
-                        suppressed[stage].append(numbering.rows(image_id, found.nms(_DUPLICATE_IOU), categories))
-                bar.update(len(images))
+        for index, stages in shard.bar(detected(), "stages", progress):
+            objects = len(dataset.targets(index)[0])
+            image_id = dataset.images[index]["id"]
+            found[index] = [
+                _StageOfImage.of(numbering, image_id, detections.filter(classes=present), categories, objects)
+                for detections in stages
+            ]
     finally:
         model.train(was_training)
-    truth = numbering.ground_truth()
-    return [
-        StageResult(
-            stage=stage,
-            metrics=coco_metrics(truth, np.concatenate(plain[stage]), scorer)[0],
-            ap_with_nms=coco_metrics(truth, np.concatenate(suppressed[stage]), scorer)[0]["AP"],
-            duplicates=float(removed[stage] / max(objects, 1)),
-        )
-        for stage in stages
-    ]
+    images, truth = shard.gather(found), numbering.ground_truth()
+    return distributed.from_main(
+        lambda: [
+            _score(stage, [of_stages[stage] for of_stages in images], truth, scorer)
+            for stage in range(model.config.num_stages)
+        ]
+    )
 
 
-def _batches(dataset: DetectionDataset, batch_size: int) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """(indices, images); an image that cannot be read counts as one without detections."""
-    indices, images = [], []
-    for index in range(len(dataset)):
-        try:
-            images.append(dataset[index][0])
-        except ImageError:
-            continue
-        indices.append(index)
-        if len(images) == batch_size:
-            yield indices, images
-            indices, images = [], []
-    if images:
-        yield indices, images
+class _StageOfImage(NamedTuple):
+    """What a stage found in an image: rows for :func:`coco_metrics`, also after the suppression, and its duplicates."""
+
+    plain: np.ndarray
+    suppressed: np.ndarray
+    removed: int
+    objects: int
+
+    @classmethod
+    def of(
+        cls,
+        numbering: Numbering,
+        image_id: int,
+        found: Detections,
+        categories: Sequence[int | None],
+        objects: int,
+    ) -> _StageOfImage:
+        best, rest = found.filter(top_k=objects), found.nms(_DUPLICATE_IOU)
+        rows = (numbering.rows(image_id, some, categories) for some in (found, rest))
+        return cls(*rows, len(best) - len(best.nms(_DUPLICATE_IOU)), objects)
+
+
+def _score(stage: int, images: Sequence[_StageOfImage], truth: dict[str, Any], scorer: str) -> StageResult:
+    nothing = np.zeros((0, 7))
+    plain = np.concatenate([nothing, *(image.plain for image in images)])
+    suppressed = np.concatenate([nothing, *(image.suppressed for image in images)])
+    return StageResult(
+        stage=stage,
+        metrics=coco_metrics(truth, plain, scorer)[0],
+        ap_with_nms=coco_metrics(truth, suppressed, scorer)[0]["AP"],
+        duplicates=sum(image.removed for image in images) / max(sum(image.objects for image in images), 1),
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.models.batch import Batch
 
 # Steps that are not finite before a run is given up. One that has diverged has them in a row; a bad image or an
@@ -21,6 +24,9 @@ MAX_SKIPPED = 20
 
 class TrainStep:
     """Forward, losses, backward, clipping and update, all queued on the device without waiting for any of it.
+
+    A step can be of several micro-batches, and of several processes. Where the targets of each know the counts of the
+    whole step (``PackedTargets.step_counts``), its losses and gradient are those of all its images together.
 
     A step whose losses or gradient are not finite changes neither parameters nor optimizer, its step count included,
     and is counted. The host finds out some steps later.
@@ -33,8 +39,9 @@ class TrainStep:
 
     Attributes:
         names: of the losses.
-        report: [len(names) + 3], the losses of the last step, its gradient norm before clipping, and ``skipped``. One
-            tensor for all steps, as a captured one needs it; None before the first.
+        report: [len(names) + 3], the losses of the last step, its gradient norm before clipping, and ``skipped``, in
+            all processes the same. One tensor for all steps, as a captured one needs it; None before the first.
+        own_losses: [len(names)], what this process had of the losses; None where there is no other.
         bad: scalar, 1 if the last step was not finite, else 0.
         skipped: [2], steps skipped in a row, up to the last one, and altogether.
     """
@@ -48,28 +55,46 @@ class TrainStep:
         self.device = self.parameters[0].device
         self.names: tuple[str, ...] = ()
         self.report: Tensor | None = None
+        self.own_losses: Tensor | None = None
+        # With the loss of the last stage alone, the other stages' predictions learn nothing.
+        self.replica = distributed.replicate(model, unused_parameters=not model.criterion.deep_supervision)
         self.bad = torch.zeros((), device=self.device)
         self.skipped = torch.zeros(2, device=self.device)
         optimizer.found_inf = self.bad  # read by the fused kernels, as they read that of torch.amp
 
-    def __call__(self, batch: Batch) -> None:
-        """Queue one step on ``batch``, which is on the device."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            losses = self.model(batch)
-        sum(losses.values()).backward()
+    def __call__(self, *batches: Batch) -> None:
+        """Queue one step on ``batches``, which are on the device."""
+        losses = self._backward(batches)
+        if self.replica is not self.model:
+            self.own_losses = losses.clone()
+            losses = distributed.mean_(losses)  # so that all processes skip what one must
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        report = torch.stack([*(loss.detach() for loss in losses.values()), norm])
+        report = torch.cat([losses, norm.unsqueeze(0)])
         self.bad.copy_(report.isfinite().all().logical_not())
         self.skipped.add_(self.bad)
         self.skipped[0].mul_(self.bad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.count_update()
-        self.names = tuple(losses)
         report = torch.cat([report, self.skipped])
         if self.report is None:
             self.report = torch.empty_like(report)
         self.report.copy_(report)
+
+    def _backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Leave the gradient of all micro-batches, and processes, in the parameters; this process's losses, summed."""
+        total = None
+        for batch in batches:
+            # The processes add up their gradients in the last backward.
+            adding = self.replica is self.model or batch is batches[-1]
+            with contextlib.nullcontext() if adding else self.replica.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                    losses = self.replica(batch)
+                sum(losses.values()).backward()
+            values = torch.stack([loss.detach() for loss in losses.values()])
+            total = values if total is None else total + values
+        self.names = tuple(losses)
+        return total
 
     def count_update(self) -> None:
         """Raise the parameters' versions, by which others see that they were written to: the fused kernels do not."""
@@ -82,7 +107,8 @@ class Report:
 
     Attributes:
         step: its number, from 1.
-        image_ids: of its batch.
+        image_ids: of its batch; of several processes those of this one, but where something is not finite, of the ones
+            whose losses are not (or of all, where all losses are finite and the gradient is not).
         losses: the weighted losses by name.
         grad_norm: the gradient norm before clipping.
         skipped_in_a_row: steps that were not finite in a row, up to this one; 0 if this one was.
@@ -115,23 +141,38 @@ class Report:
 
 
 class Reports:
-    """The reports of the last steps, on their way to the host."""
+    """The reports of the last steps, on their way to the host.
+
+    Of several processes all must take them at the same steps: what is found there is agreed upon.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, tuple[int, ...], tuple[str, ...], Tensor, Any]] = deque()
 
     def add(self, step: int, image_ids: Sequence[int], source: TrainStep) -> None:
         """Send what ``source`` last reported to the host, behind the work that makes it."""
-        host, arrival = to_host(source.report)
+        values = source.report if source.own_losses is None else torch.cat([source.report, source.own_losses])
+        host, arrival = to_host(values)
         self._waiting.append((step, tuple(image_ids), source.names, host, arrival))
 
     def take(self, wait: bool) -> Iterator[Report]:
-        """Those that have arrived, in order; with ``wait``, all."""
-        while self._waiting and (wait or self._waiting[0][-1].query()):
+        """Those that have arrived, in order (of several processes none: it may differ); with ``wait``, all."""
+        while self._waiting and (wait or distributed.world_size() == 1 and self._waiting[0][-1].query()):
             step, image_ids, names, host, arrival = self._waiting.popleft()
             arrival.synchronize()
-            *losses, norm, in_a_row, skipped = host.tolist()
-            yield Report(step, image_ids, dict(zip(names, losses, strict=True)), norm, int(in_a_row), int(skipped))
+            values = host.tolist()
+            (norm, in_a_row, skipped, *own), losses = values[len(names) :], values[: len(names)]
+            losses = dict(zip(names, losses, strict=True))
+            report = Report(step, image_ids, losses, norm, int(in_a_row), int(skipped))
+            yield report if report.problem is None else _of_the_culprits(report, all(map(math.isfinite, own)))
+
+
+def _of_the_culprits(report: Report, innocent: bool) -> Report:
+    """``report`` with the images of the processes that are not innocent, or of all if all say that they are."""
+    everyone = distributed.gather((innocent, report.image_ids))
+    culprits = [image_ids for innocent, image_ids in everyone if not innocent]
+    image_ids = [image_id for ids in culprits or [ids for _, ids in everyone] for image_id in ids]
+    return dataclasses.replace(report, image_ids=tuple(image_ids))
 
 
 def to_host(values: Tensor) -> tuple[Tensor, Any]:

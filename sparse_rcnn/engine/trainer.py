@@ -20,18 +20,21 @@ from sparse_rcnn.data.augment import SmallDataTransform
 from sparse_rcnn.data.fingerprint import changes, fingerprint
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.health import check_data
-from sparse_rcnn.data.loader import train_batches
+from sparse_rcnn.data.loader import lost_workers, train_batches
 from sparse_rcnn.data.transforms import TrainTransform
+from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.engine.cuda_graph import GraphedStep, ShapeBuckets, refusal
 from sparse_rcnn.engine.ema import build_ema
 from sparse_rcnn.engine.evaluator import evaluate
-from sparse_rcnn.engine.logging import Meter, RunLog
+from sparse_rcnn.engine.logging import Meter, NoLog, RunLog
+from sparse_rcnn.engine.micro_batches import prepare_step
 from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, lr_factor, set_lr
 from sparse_rcnn.engine.schedule import resolve
 from sparse_rcnn.engine.step import MAX_SKIPPED_IN_A_ROW, Report, Reports, TrainStep
+from sparse_rcnn.inference.memory import keep_freed_memory
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.runtime import pick_device
 from sparse_rcnn.weights.atomic import remove_leftovers
@@ -49,6 +52,9 @@ class TrainingError(RuntimeError):
 
 class Trainer:
     """Builds a run from its configuration, and runs it.
+
+    Of several processes (:func:`sparse_rcnn.engine.distributed.start`) each has one, and a part of every batch; the
+    first writes and says what there is.
 
     In ``config.output``: ``last.pt`` (exact resume), ``model/`` (the same weights, or their moving average where there
     is one, for ``from_pretrained``), ``best/`` (those of the best validation AP), ``step_00005000.pt`` (checkpoints
@@ -70,7 +76,13 @@ class Trainer:
             raise ValueError(f"output: {self.checkpoint_path} exists; pass --resume, or choose another folder")
         checkpoint = load_checkpoint(self.checkpoint_path) if config.resume else None
         torch.manual_seed(config.seed)
-        self.device = pick_device(config.device)
+        self.device = pick_device(distributed.own_device(config.device))
+        self.processes = distributed.world_size()
+        if config.batch_size % (self.processes * config.accumulate):
+            raise ValueError(
+                f"batch_size: expected a multiple of {self.processes * config.accumulate} ({self.processes} processes "
+                f"of {config.accumulate} micro-batches), got {config.batch_size}"
+            )
         if config.cuda_graph and (reason := refusal(self.device)):
             raise ValueError(f"cuda_graph: {reason}")
         self.step, self.best_ap = 0, -1.0
@@ -86,8 +98,10 @@ class Trainer:
         if config.val is not None:
             self.val_dataset = open_dataset(config.val, "valid", model.config.class_names)
         network = model.config.min_size, model.config.max_size
-        self.data_report = check_data(
-            self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
+        self.data_report = distributed.from_main(
+            lambda: check_data(
+                self.dataset, model.config.num_proposals, network, self.val_dataset, decode=config.strict
+            )
         )
         self.dataset = self.dataset.without(self.data_report.unreadable)
         if len(self.dataset) == 0:
@@ -97,10 +111,12 @@ class Trainer:
             )
         config, notes = resolve(config, model.config, len(self.dataset))
         self.config, self.notes = config, self.notes + notes
-        self.data_fingerprint = fingerprint(self.dataset)
+        self.data_fingerprint = distributed.from_main(lambda: fingerprint(self.dataset))
         if checkpoint is not None:
             self._check_data(checkpoint["data"])
             check_state_dict(model.config, checkpoint["model"], self.checkpoint_path)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         self.plain_step = TrainStep(self.model, self.optimizer, config.clip_norm, config.dtype == "bfloat16")
@@ -113,10 +129,11 @@ class Trainer:
             self.buckets = ShapeBuckets(config.max_size or self.model.config.max_size)
         self.reports = Reports()
         self.skips: deque[Report] = deque(maxlen=MAX_SKIPPED_IN_A_ROW)  # the last that were not finite
-        self.output.mkdir(parents=True, exist_ok=True)
-        for folder in (self.output, self.output / "model", self.output / "best"):
-            remove_leftovers(folder)
-        self.data_report.write(self.output / "data_report.txt")
+        if distributed.is_main():
+            self.output.mkdir(parents=True, exist_ok=True)
+            for folder in (self.output, self.output / "model", self.output / "best"):
+                remove_leftovers(folder)
+            self.data_report.write(self.output / "data_report.txt")
         if config.strict:
             self.data_report.require_clean()
 
@@ -151,10 +168,14 @@ class Trainer:
         Raises:
             TrainingError: too many steps were not finite (each is skipped), or the model refuses its targets.
             ImageError: a training image cannot be decoded.
+            LoaderError: a loader process died.
             OSError: a checkpoint cannot be written; the one before it is complete.
         """
         config = self.config
-        with RunLog(self.output, self.step, config.steps) as log, _Stop(config.time_limit) as stop:
+        log = NoLog()
+        if distributed.is_main():
+            log = RunLog(self.output, self.step, config.steps)
+        with log, _Stop(config.time_limit) as stop, lost_workers():
             for line in self.notes + self.data_report.short(self.output / "data_report.txt"):
                 log.say(line)
             if config.resume:  # a kill may have come after last.pt and before this
@@ -164,7 +185,7 @@ class Trainer:
             for images, targets in islice(self._batches(), max(config.steps - self.step, 0)):
                 self.train_step(images, targets)
                 log.advance()
-                last, stopping = self.step == config.steps, stop.requested
+                last, stopping = self.step == config.steps, distributed.any_of(stop.requested)
                 logging = last or self.step % config.log_every == 0
                 validating = self.val_dataset is not None and (last or _every(config.eval_every, self.step))
                 keeping = _every(config.keep_every, self.step)
@@ -191,7 +212,7 @@ class Trainer:
         """Queue one optimizer step, whose losses come to ``reports``.
 
         Args:
-            images: CHW images at network size.
+            images: CHW images at network size, this process's of the step.
             targets: a dict of ``boxes`` [M, 4], ``labels`` [M] and ``image_id`` an image.
 
         Raises:
@@ -201,23 +222,28 @@ class Trainer:
         image_ids = [int(target["image_id"]) for target in targets]
         shape = None if self.buckets is None else self.buckets.shape(images, targets)
         try:
-            batch = self.model.prepare(images, targets, shape)
+            batches = prepare_step(self.model, images, targets, config.accumulate, shape)
         except (TypeError, ValueError) as error:
             raise self._error(self.step + 1, image_ids, str(error)) from error
         factor = lr_factor(self.step, config.warmup_steps, config.warmup_factor, config.decay_steps)
         set_lr(self.optimizer, factor)
         self.lr = self.optimizer.param_groups[-1]["base_lr"] * factor
         if self.graphed_step is None:
-            self.plain_step(batch.to(self.device))
+            self.plain_step(*(batch.to(self.device) for batch in batches))
         else:
-            self.graphed_step(batch)
+            self.graphed_step(*batches)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         self.reports.add(self.step, image_ids, self.plain_step)
 
     def save(self, keep: bool = False) -> None:
-        """Write ``last.pt`` and ``model/``, and with ``keep`` a checkpoint named by the step, which stays."""
+        """Write ``last.pt`` and ``model/``, and with ``keep`` a checkpoint named by the step, which stays.
+
+        The main process does; the others have nothing to add.
+        """
+        if not distributed.is_main():
+            return
         state = {
             "model": self.model.state_dict(),
             "ema": {} if self.ema is None else self.ema.state_dict(),
@@ -237,6 +263,8 @@ class Trainer:
 
     def save_model(self) -> None:
         """Write ``model/``, which :meth:`save` does last."""
+        if not distributed.is_main():
+            return
         self.eval_model.save_pretrained(self.output / "model")
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
@@ -250,6 +278,7 @@ class Trainer:
         batches = train_batches(
             *(self.dataset, transform, config.batch_size, config.seed, self.step, config.workers),
             group_shapes=config.group_shapes,
+            share=(distributed.rank(), self.processes),
         )
         while True:
             # A DataLoader draws a seed when it starts: a resumed run would start from another state of the generator.
@@ -279,6 +308,7 @@ class Trainer:
             log.say(f"validation: {line}")
         if best:
             self.best_ap = result.metrics["AP"]
+        if best and distributed.is_main():
             self.eval_model.save_pretrained(self.output / "best")
 
     def _skipped(self, report: Report, log: RunLog) -> None:

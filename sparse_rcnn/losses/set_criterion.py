@@ -54,14 +54,14 @@ class SetCriterion(nn.Module):
         if not self.deep_supervision:
             logits, boxes = logits[-1:], boxes[-1:]
         matches = self.matcher(logits, boxes, targets, image_sizes)  # [S, B, M]
-        num_boxes = mean_box_count(targets.counts, boxes.dtype)
+        num_boxes = mean_box_count(targets.counts, boxes.dtype, targets.step_counts)
         class_weight, l1_weight, giou_weight = self.matcher.weights
         if self.matcher.classification == "focal":
             alpha, gamma = self.matcher.focal_alpha, self.matcher.focal_gamma
             # In float32 whatever the model's dtype is, as the official focal loss.
             classes = ops.set_focal_loss(logits.float(), matches, targets.labels, alpha, gamma) / num_boxes
         else:
-            classes = self._softmax_loss(logits, matches, targets.labels)
+            classes = self._softmax_loss(logits, matches, targets)
         l1, giou = ops.set_box_loss(boxes, matches, targets.boxes, image_sizes)
         return {
             **_named("loss_ce", class_weight * classes),
@@ -69,25 +69,42 @@ class SetCriterion(nn.Module):
             **_named("loss_giou", giou_weight * giou / num_boxes),
         }
 
-    def _softmax_loss(self, logits: Tensor, matches: Tensor, labels: Tensor) -> Tensor:
+    def _softmax_loss(self, logits: Tensor, matches: Tensor, targets: PackedTargets) -> Tensor:
         """DETR's class loss [S]: unmatched proposals are "no object", at a lower weight."""
-        K = self.num_classes
+        K, N = self.num_classes, logits.shape[2]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        classes = matched_classes(matches, labels, logits.shape[2], background=K)
+        classes = matched_classes(matches, targets.labels, N, background=K)
         classes = torch.where((classes < 0) | (classes > K), K, classes)
         likelihood = logits.log_softmax(-1).gather(3, classes.unsqueeze(-1)).squeeze(-1)
         weights = torch.ones_like(likelihood).masked_fill(classes == K, self.no_object_weight)
-        total = weights.flatten(1).sum(1).clamp(min=torch.finfo(weights.dtype).tiny)
+        if targets.step_counts is None:
+            total = weights.flatten(1).sum(1)
+        else:  # the same sum over the whole step: of each image the smaller number of boxes and proposals is matched
+            matched = targets.step_counts.clamp(max=N).sum()
+            others = len(targets.step_counts) * N - matched
+            total = (matched + self.no_object_weight * others) / _processes()
+        total = total.clamp(min=torch.finfo(weights.dtype).tiny)
         return -(weights * likelihood).flatten(1).sum(1) / total + nan_unless_finite(logits)
 
 
-def mean_box_count(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boxes of the batch averaged over all processes, at least 1: the divisor of the losses."""
+def mean_box_count(counts: Tensor, dtype: torch.dtype, step_counts: Tensor | None = None) -> Tensor:
+    """Boxes of the batch averaged over all processes, at least 1: the divisor of the losses.
+
+    With ``step_counts`` it is the boxes of the step, and the 1 is for all processes together: the gradient then does
+    not depend on how the images of the step are divided among micro-batches and processes.
+    """
+    if step_counts is not None:
+        return step_counts.sum().clamp(min=1).to(dtype) / _processes()
     total = counts.sum().to(dtype)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _processes() > 1:
         torch.distributed.all_reduce(total)
-        total = total / torch.distributed.get_world_size()
+        total = total / _processes()
     return total.clamp(min=1)
+
+
+def _processes() -> int:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
 
 
 def _named(name: str, values: Tensor) -> dict[str, Tensor]:

@@ -17,15 +17,19 @@ class PackedTargets:
         labels: [B, M] int64, 0 in padding.
         boxes: [B, M, 4] xyxy in pixels, 0 in padding.
         counts: [B] int64, how many are real.
+        step_counts: [G] int64, the counts of all images of the optimizer step that these are a part of, those of its
+            other micro-batches and processes too; None if they are all of it, but for what other processes have.
     """
 
     labels: Tensor
     boxes: Tensor
     counts: Tensor
+    step_counts: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedTargets:
         """The same on ``device``; from pinned memory without a wait."""
-        return PackedTargets(*(t.to(device, non_blocking=True) for t in (self.labels, self.boxes, self.counts)))
+        tensors = self.labels, self.boxes, self.counts, self.step_counts
+        return PackedTargets(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))
 
 
 def pack_targets(

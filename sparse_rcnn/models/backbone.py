@@ -25,6 +25,42 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
+def _normalized(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    """``norm(conv(x))``, in training with the fixed scale multiplied into the weights: no scaled copies of the larger
+    maps are then made and kept. Under autocast they stay in the half type, which ``norm`` would leave."""
+    if not conv.training:
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _Residual:
+    """How torchvision's blocks compute, with :func:`_normalized`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, Ci, H, W]: [B, Co, H / stride, W / stride]."""
+        out = x
+        for number in range(1, self.convolutions):
+            out = self.relu(_normalized(getattr(self, f"conv{number}"), getattr(self, f"bn{number}"), out))
+        out = _normalized(getattr(self, f"conv{self.convolutions}"), getattr(self, f"bn{self.convolutions}"), out)
+        out += x if self.downsample is None else _normalized(*self.downsample, x)
+        return self.relu(out)
+
+
+class BasicBlock(_Residual, torchvision.models.resnet.BasicBlock):
+    """Of ResNet-18 and 34."""
+
+    convolutions = 2
+
+
+class Bottleneck(_Residual, torchvision.models.resnet.Bottleneck):
+    """Of ResNet-50 and 101."""
+
+    convolutions = 3
+
+
 class BackboneWithFPN(nn.Module):
     """Maps of strides 4, 8, 16 and 32 with ``channels`` channels each (FPN; P2..P5).
 
@@ -59,10 +95,19 @@ class BackboneWithFPN(nn.Module):
         return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps))).values())
 
 
+_RESNETS = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
+
+
 def _resnet(name: str) -> tuple[nn.Module, list[int]]:
-    resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
-    body = torchvision.models._utils.IntermediateLayerGetter(resnet, {f"layer{i}": str(i - 1) for i in range(1, 5)})
-    width = 512 if name in ("resnet18", "resnet34") else 2048
+    block, layers = _RESNETS[name]
+    whole = torchvision.models.resnet.ResNet(block, layers, norm_layer=FrozenBatchNorm2d)
+    body = torchvision.models._utils.IntermediateLayerGetter(whole, {f"layer{i}": str(i - 1) for i in range(1, 5)})
+    width = 512 * block.expansion
     return body, [width // 8, width // 4, width // 2, width]
 
 
@@ -85,9 +130,9 @@ def _timm(name: str) -> tuple[nn.Module, list[int]]:
     return timm.layers.freeze_batch_norm_2d(body), body.feature_info.channels()
 
 
-def _freeze(resnet: nn.Module, stages: int) -> None:
+def _freeze(body: nn.Module, stages: int) -> None:
     """Turn off the gradients of the stem and the first ``stages - 1`` stages."""
-    groups = [resnet.conv1, resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+    groups = [body.conv1, body.layer1, body.layer2, body.layer3, body.layer4]
     if stages > len(groups):
         raise ValueError(f"frozen_stages: expected at most {len(groups)}, got {stages}")
     for group in groups[:stages]:

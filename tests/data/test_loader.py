@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import Dataset
 from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.data.formats import open_dataset
-from sparse_rcnn.data.loader import train_batches
+from sparse_rcnn.data.loader import LoaderError, lost_workers, train_batches
 from sparse_rcnn.data.synthetic import write_dataset
 from sparse_rcnn.data.transforms import TrainTransform
 
@@ -168,3 +170,47 @@ def test_cached_images_give_the_same_batches(dataset, workers):
     plain = take(9, dataset, TRANSFORM, 3, seed=2)
     assert same(plain, take(9, cached, TRANSFORM, 3, seed=2, workers=workers))
     assert all(cached._cache.get(index) is not None for index in range(7))  # also what the workers decoded
+
+
+@pytest.mark.parametrize("group_shapes", [False, True])
+def test_shares_are_together_the_batches_of_one_process(dataset, group_shapes):
+    whole = take(5, dataset, TRANSFORM, 6, seed=4, start_step=3, group_shapes=group_shapes)
+    shares = [
+        take(5, dataset, TRANSFORM, 6, seed=4, start_step=3, group_shapes=group_shapes, share=(part, 3), workers=part)
+        for part in range(3)
+    ]
+    together = [tuple(sum(parts, []) for parts in zip(*step, strict=True)) for step in zip(*shares, strict=True)]
+    assert all(len(images) == 2 for images, _ in shares[0]) and same(whole, together)
+
+
+def test_unequal_shares_are_refused(dataset):
+    with pytest.raises(ValueError, match="^batch_size: expected a multiple of 2, the number of parts, got 3"):
+        train_batches(dataset, TRANSFORM, 3, seed=0, share=(1, 2))
+
+
+class Deadly(Dataset):
+    """Kills who asks for the second image."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 4, 4, dtype=torch.uint8), {}
+
+
+def test_a_worker_that_dies_is_told_in_one_line():
+    advice = "where memory ran out, fewer workers or a smaller cache_mb help"
+    with (
+        pytest.raises(
+            LoaderError, match=rf"^loader worker \d+ (is killed by signal: Killed|exited unexpectedly); {advice}$"
+        ),
+        lost_workers(),
+    ):
+        take(2, Deadly(), unchanged, 1, seed=0, workers=1)
+
+
+def test_other_errors_go_through():
+    with pytest.raises(RuntimeError, match="^something else$"), lost_workers():
+        raise RuntimeError("something else")

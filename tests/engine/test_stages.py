@@ -82,10 +82,10 @@ def test_nms_repairs_what_duplicates_cost(write_coco):
 
     class Uneven(Oracle):
         def detections(self, logits, boxes, images):
-            self.stages = [[(A, 0.9, 0), (A_AGAIN, 0.8, 0)] if len(self.seen) == 1 else [(A, 0.5, 0)]]
+            self.stages = [[(A, 0.9, 0), (A_AGAIN, 0.8, 0)] if len(self.seen) == 1 else [(A, 0.5, 0)]] * 3
             return super().detections(0, boxes, images)
 
-    (result,) = evaluate_stages(Uneven([[]]), dataset)[:1]
+    (result,) = evaluate_stages(Uneven([[]] * 3), dataset)[:1]
     # Found, found again, found: recall 0.5 at precision 1, recall 1 at 2/3; 51 and 50 of the 101 recall points.
     assert result.metrics["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert result.ap_with_nms == pytest.approx(1)
@@ -93,7 +93,7 @@ def test_nms_repairs_what_duplicates_cost(write_coco):
 
 def test_an_unreadable_image_counts_as_empty(two_pictures):
     (two_pictures.image_dir / "2.png").write_bytes(b"junk")
-    (result,) = evaluate_stages(Oracle([[(A, 0.9, 0), (B, 0.8, 1)]]), two_pictures)[:1]
+    (result,) = evaluate_stages(Oracle([[(A, 0.9, 0), (B, 0.8, 1)]] * 3), two_pictures)[:1]
     assert result.metrics["AR100"] == pytest.approx(0.5)
 
 

@@ -11,6 +11,7 @@ from sparse_rcnn.engine import trainer as trainer_module
 from sparse_rcnn.engine.config import TrainConfig
 from sparse_rcnn.engine.optimizer import parameter_groups
 from sparse_rcnn.engine.trainer import Trainer
+from sparse_rcnn.models import backbone
 from sparse_rcnn.models.dynamic_head import Stage
 from tests.golden import official_order
 
@@ -115,11 +116,12 @@ def golden_trainer(golden_model, golden_training, scenes_of_80, tmp_path, monkey
 
 
 def test_three_adamw_steps(golden_trainer, golden_images, golden_training, fill, official_keys, monkeypatch):
-    """Through the training loop's step, with the operations of head, losses and AdamW in the official order."""
+    """Through the training loop's step, with the operations of backbone, head, losses and AdamW in the official order."""
     model, step = golden_trainer.model, golden_trainer.plain_step
     groups = parameter_groups(model, golden_trainer.config.lr, weight_decay=golden_trainer.config.weight_decay)
     golden_trainer.optimizer = step.optimizer = torch.optim.AdamW(groups)  # the fused one rounds differently
     model.to(memory_format=torch.contiguous_format)
+    monkeypatch.setattr(backbone, "_normalized", lambda conv, norm, x: norm(conv(x)))
     monkeypatch.setattr(Stage, "forward", official_order.stage_forward)
     model.criterion = official_order.Criterion(model.criterion.matcher)
     names = {parameter: official_keys[name] for name, parameter in model.named_parameters()}

@@ -6,6 +6,7 @@ import importlib.resources
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -252,3 +253,32 @@ def test_one_wrong_shape_among_right_ones_changes_nothing(tmp_path):
 def test_auto_without_packaged_weights():
     with pytest.raises(ValueError, match="backbone weights: none come with 'mobilenetv3_small_050'"):
         load_backbone_weights(BackboneWithFPN("mobilenetv3_small_050", 8))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_training_is_torchvisions_with_the_scale_in_the_weights(name):
+    torch.manual_seed(0)
+    ours = BackboneWithFPN(name, 8, frozen_stages=0).double()
+    for norm in ours.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            for values in (norm.weight, norm.running_var):
+                values.uniform_(0.2, 0.8)
+            for values in (norm.bias, norm.running_mean):
+                values.normal_(std=0.1)
+    theirs = getattr(torchvision.models, name)(norm_layer=torchvision.ops.FrozenBatchNorm2d).double()
+    theirs.load_state_dict(ours.body.state_dict(), strict=False)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    x, maps = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(images)))), []
+    for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+        maps.append(x := layer(x))
+    found = list(ours.body(images).values())
+    torch.testing.assert_close(found, maps, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(list(ours.eval().body(images).values()), maps, rtol=1e-10, atol=1e-10)
+    for values in (found, maps):
+        sum(value.square().sum() for value in values).backward()
+    expected = dict(theirs.named_parameters())
+    for key, parameter in ours.body.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[key].grad, rtol=1e-9, atol=1e-9 * parameter.grad.abs().max()
+        )

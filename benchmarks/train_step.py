@@ -1,0 +1,188 @@
+"""The training step: its time, its parts and its memory, against the references of all operators.
+
+    python -m benchmarks.train_step [--preset r50_300] [--size 800 1333] [--batch-size 1] [--device cpu|cuda]
+        [--runs 3] [--only TEXT ...] [--compile] [--json FILE]
+
+Every implementation is a process of its own, for its memory; it and the reference take turns, and ratios are those of
+one round. The weights are random. ``torch.compile`` of the reference is measured on a GPU, and on a CPU with
+``--compile``; the CUDA graph on a GPU. There the parts are of a step that waits after each of them, the whole is not;
+a compiled or captured step has no parts.
+
+The gate before the timing compares the gradients of the first step: in float32 they differ by less than 1e-3 of the
+reference's (as vectors); in bfloat16 by no more than twice what the reference under autocast differs by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import train_step_worker as worker
+from benchmarks.environment import ROOT, environment, write_json
+from benchmarks.measure import quantiles
+from benchmarks.model import make_detector
+from sparse_rcnn.models.config import PRESETS
+
+TOLERANCE = 1e-3
+AUTOCAST = "reference, bfloat16"
+
+
+def main() -> int:
+    """Measure, print a table, and write JSON if asked to; returns 1 when a gate is red."""
+    options = build_parser().parse_args()
+    report = measure(options)
+    print("\n".join(terminal_table(report)))
+    if options.json:
+        write_json(options.json, report)
+    if not report["passed"]:
+        print("a gate is red, see above", file=sys.stderr)
+    return int(not report["passed"])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="r50_300")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(800, 1333))
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--runs", type=int, default=3, help="timed rounds after two steps to warm up (default 3)")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", default=[""], help="implementations with this in the name")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the reference on a CPU too")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    return parser
+
+
+def names(device: str, compiled: bool, only: list[str]) -> list[str]:
+    """The implementations to measure beside the reference; that under autocast, which the gate needs, first."""
+    possible = [
+        name
+        for name, how in worker.IMPLEMENTATIONS.items()
+        if (device == "cuda" or not how.graphed) and (device == "cuda" or compiled or not how.compiled)
+    ]
+    chosen = [name for name in possible if any(text in name for text in only) and name != worker.REFERENCE]
+    needs_autocast = any(worker.IMPLEMENTATIONS[name].bfloat16 for name in chosen)
+    return [AUTOCAST] * (needs_autocast and AUTOCAST not in chosen) + chosen
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The report, as it stands in the JSON; an implementation with a red gate has no times."""
+    report: dict[str, Any] = {
+        **{"preset": options.preset, "size": list(options.size), "batch_size": options.batch_size},
+        **{"runs": options.runs, "environment": environment(torch.device(options.device))},
+        **{"gate": {}, "implementations": {}},
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        make_detector(options.preset).save_pretrained(folder)
+        arguments = [folder, options.device, options.batch_size, *options.size]
+        reference = stack.enter_context(_worker(worker.REFERENCE, arguments))
+        exact = reference.gradients()
+        limit = None
+        for name in names(options.device, options.compile, options.only):
+            with _worker(name, arguments) as other:  # two at a time: four would not fit into a small machine
+                row = _gate(name, other.gradients(), exact, limit)
+                report["gate"][name] = row
+                if name == AUTOCAST:
+                    limit = 2 * row["error"]
+                if row["passed"]:
+                    report["implementations"][name] = _compare(reference, other, options.runs)
+    report["passed"] = all(row["passed"] for row in report["gate"].values())
+    return report
+
+
+def _gate(
+    name: str, gradients: list[torch.Tensor] | None, exact: list[torch.Tensor], limit: float | None
+) -> dict[str, Any]:
+    """How far the gradient is from the reference's, as a share of its length; a graph is that of a gated step."""
+    if gradients is None:
+        return {"error": None, "passed": True}
+    squares = [((a - b).square().sum(), b.square().sum()) for a, b in zip(gradients, exact, strict=True)]
+    error = float((sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt())
+    allowed = limit if worker.IMPLEMENTATIONS[name].bfloat16 else TOLERANCE
+    return {"error": error, "allowed": allowed, "passed": name == AUTOCAST or allowed is not None and error <= allowed}
+
+
+def _compare(reference: _Worker, other: _Worker, runs: int) -> dict[str, Any]:
+    """Seconds of both, round by round, and what one is of the other."""
+    rounds: list[tuple[dict[str, float], dict[str, float]]] = []
+    for run in range(runs + 1):
+        first, second = (reference, other) if run % 2 else (other, reference)
+        seconds = {first: first.ask("step"), second: second.ask("step")}
+        if run > 0:  # the first round warms up
+            rounds.append((seconds[reference], seconds[other]))
+    parts = {part for _, ours in rounds for part in ours}
+    order = [part for part in ("whole", *worker.PARTS) if part in parts]
+    return {
+        "parts": {part: quantiles([ours[part] for _, ours in rounds]) for part in order},
+        "reference_parts": {part: quantiles([theirs[part] for theirs, _ in rounds]) for part in order},
+        "ratios": {part: statistics.median(theirs[part] / ours[part] for theirs, ours in rounds) for part in order},
+        "peak_gib": other.ask("peak"),
+        "reference_peak_gib": reference.ask("peak"),
+    }
+
+
+class _Worker:
+    """The parent's end of a process of :mod:`benchmarks.train_step_worker`."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+        self._receive()  # comes after its first step
+
+    def ask(self, message: str) -> Any:
+        """Send one line, get one back."""
+        self.process.stdin.write(message + "\n")
+        self.process.stdin.flush()
+        return self._receive()
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Those of its first step, of each parameter."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "gradients.pt"
+            return torch.load(path) if self.ask(f"gate {path}") else None
+
+    def _receive(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker broke: {self.process.args}")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def _worker(name: str, arguments: list[Any]) -> Iterator[_Worker]:
+    command = [sys.executable, "-m", "benchmarks.train_step_worker", name, *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        yield _Worker(process)
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def terminal_table(report: dict[str, Any]) -> Iterator[str]:
+    """Lines for people."""
+    for name, row in report["gate"].items():
+        yield f"gate {name}: {'passed' if row['passed'] else 'RED'}; gradient {json.dumps(row)}"
+    for name, figures in report["implementations"].items():
+        peaks = figures["peak_gib"], figures["reference_peak_gib"]
+        yield f"\n{name}: peak memory {peaks[0]:.2f} GiB, of {worker.REFERENCE} {peaks[1]:.2f}"
+        for part, quantile in figures["parts"].items():
+            ours, theirs = (1e3 * row["median"] for row in (quantile, figures["reference_parts"][part]))
+            yield f"  {part:18s}{ours:9.1f} ms  {theirs:9.1f} ms  {figures['ratios'][part]:6.2f}x"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
