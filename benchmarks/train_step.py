@@ -8,8 +8,10 @@ one round. The weights are random. ``torch.compile`` of the reference is measure
 ``--compile``; the CUDA graph on a GPU. There the parts are of a step that waits after each of them, the whole is not;
 a compiled or captured step has no parts.
 
-The gate before the timing compares the gradients of the first step: in float32 they differ by less than 1e-3 of the
-reference's (as vectors); in bfloat16 by no more than twice what the reference under autocast differs by.
+The gate before the timing compares the gradients of the first step with those in float64 (as vectors): in bfloat16
+they differ by no more than twice what the reference's under autocast do, in float32 by no more than five times what the
+reference's do. In float32 nearly all of the difference, some 1e-3 of random weights, comes of the few ReLUs that another
+rounding flips: the reference with a folded BatchNorm is 0.8 to 2.5 times as far away as without.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -34,7 +37,6 @@ from benchmarks.measure import quantiles
 from benchmarks.model import make_detector
 from sparse_rcnn.models.config import PRESETS
 
-TOLERANCE = 1e-3
 AUTOCAST = "reference, bfloat16"
 
 
@@ -71,7 +73,8 @@ def names(device: str, compiled: bool, only: list[str]) -> list[str]:
         for name, how in worker.IMPLEMENTATIONS.items()
         if (device == "cuda" or not how.graphed) and (device == "cuda" or compiled or not how.compiled)
     ]
-    chosen = [name for name in possible if any(text in name for text in only) and name != worker.REFERENCE]
+    untimed = (worker.REFERENCE, worker.EXACT)
+    chosen = [name for name in possible if any(text in name for text in only) and name not in untimed]
     needs_autocast = any(worker.IMPLEMENTATIONS[name].bfloat16 for name in chosen)
     return [AUTOCAST] * (needs_autocast and AUTOCAST not in chosen) + chosen
 
@@ -86,31 +89,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         make_detector(options.preset).save_pretrained(folder)
         arguments = [folder, options.device, options.batch_size, *options.size]
+        with _worker(worker.EXACT, arguments) as other:
+            exact = other.gradients()
         reference = stack.enter_context(_worker(worker.REFERENCE, arguments))
-        exact = reference.gradients()
-        limit = None
+        report["gate"][worker.REFERENCE] = row = _gate(reference.gradients(), exact, None)
+        limits = {False: 5 * row["error"], True: None}  # by whether it is under autocast
         for name in names(options.device, options.compile, options.only):
             with _worker(name, arguments) as other:  # two at a time: four would not fit into a small machine
-                row = _gate(name, other.gradients(), exact, limit)
+                bfloat16 = worker.IMPLEMENTATIONS[name].bfloat16
+                row = _gate(other.gradients(), exact, limits[bfloat16])
                 report["gate"][name] = row
                 if name == AUTOCAST:
-                    limit = 2 * row["error"]
+                    limits[True] = 2 * row["error"]
                 if row["passed"]:
                     report["implementations"][name] = _compare(reference, other, options.runs)
     report["passed"] = all(row["passed"] for row in report["gate"].values())
     return report
 
 
-def _gate(
-    name: str, gradients: list[torch.Tensor] | None, exact: list[torch.Tensor], limit: float | None
-) -> dict[str, Any]:
-    """How far the gradient is from the reference's, as a share of its length; a graph is that of a gated step."""
+def _gate(gradients: list[torch.Tensor] | None, exact: list[torch.Tensor], limit: float | None) -> dict[str, Any]:
+    """How far the gradient is from the exact one, as a share of its length; a graph is that of a gated step.
+
+    Without a limit it is a reference's, which sets the limit of the others.
+    """
     if gradients is None:
         return {"error": None, "passed": True}
     squares = [((a - b).square().sum(), b.square().sum()) for a, b in zip(gradients, exact, strict=True)]
     error = float((sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt())
-    allowed = limit if worker.IMPLEMENTATIONS[name].bfloat16 else TOLERANCE
-    return {"error": error, "allowed": allowed, "passed": name == AUTOCAST or allowed is not None and error <= allowed}
+    return {"error": error, "allowed": limit, "passed": error <= (math.inf if limit is None else limit)}
 
 
 def _compare(reference: _Worker, other: _Worker, runs: int) -> dict[str, Any]:

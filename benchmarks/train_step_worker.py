@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from sparse_rcnn import SparseRCNN, ops
+from sparse_rcnn.cuda_capture import CudaCapture
 from sparse_rcnn.data.decode import decode_image
 from sparse_rcnn.data.transforms import TrainTransform
-from sparse_rcnn.engine.cuda_graph import WARM_UP_STEPS, CudaCapture, GraphedStep
+from sparse_rcnn.engine.cuda_graph import WARM_UP_STEPS, GraphedStep
 from sparse_rcnn.engine.optimizer import build_optimizer
 from sparse_rcnn.engine.step import TrainStep
 from sparse_rcnn.inference.memory import keep_freed_memory
@@ -37,12 +38,15 @@ class Implementation(NamedTuple):
 
     backend: str
     bfloat16: bool = False
+    float64: bool = False
     compiled: bool = False
     graphed: bool = False
 
 
 REFERENCE = "reference, float32"
+EXACT = "reference, float64"  # for the gates alone
 IMPLEMENTATIONS = {
+    EXACT: Implementation("reference", float64=True),
     REFERENCE: Implementation("reference"),
     "reference, bfloat16": Implementation("reference", bfloat16=True),
     "reference, torch.compile, float32": Implementation("reference", compiled=True),
@@ -79,6 +83,7 @@ class Worker:
     ) -> None:
         self.implementation, self.device, self.size = implementation, device, size
         model = SparseRCNN.from_pretrained(folder).to(device, memory_format=torch.channels_last).train()
+        model = model.double() if implementation.float64 else model
         if implementation.backend == "reference":
             _as_torchvision(model)
         elif device.type == "cpu":
@@ -170,7 +175,7 @@ class Worker:
 
     def _note_gradients(self, *_: Any) -> None:
         if self.first is None and not self.implementation.graphed:
-            self.first = [parameter.grad.float().cpu() for parameter in self.step.parameters]
+            self.first = [parameter.grad.double().cpu() for parameter in self.step.parameters]
 
     def gate(self, path: str) -> bool:
         """Write a step's report, and the first step's gradients; a graph has the step's that it is made of."""

@@ -116,7 +116,7 @@ def golden_trainer(golden_model, golden_training, scenes_of_80, tmp_path, monkey
 
 
 def test_three_adamw_steps(golden_trainer, golden_images, golden_training, fill, official_keys, monkeypatch):
-    """Through the training loop's step, with the operations of backbone, head, losses and AdamW in the official order."""
+    """Through the training loop's step, with everything in the official order of operations."""
     model, step = golden_trainer.model, golden_trainer.plain_step
     groups = parameter_groups(model, golden_trainer.config.lr, weight_decay=golden_trainer.config.weight_decay)
     golden_trainer.optimizer = step.optimizer = torch.optim.AdamW(groups)  # the fused one rounds differently
