@@ -8,9 +8,9 @@ one round. The weights are random. ``torch.compile`` of the reference is measure
 ``--compile``; the CUDA graph on a GPU. There the parts are of a step that waits after each of them, the whole is not;
 a compiled or captured step has no parts.
 
-The gate before the timing compares the gradients of the first step with those in float64 (as vectors): in bfloat16
-they differ by no more than twice what the reference's under autocast do, in float32 by no more than five times what the
-reference's do. In float32 nearly all of the difference, some 1e-3 of random weights, comes of the few ReLUs that another
+The gate before the timing compares the gradients of the first step with those in float64, as vectors. In bfloat16 they
+differ by no more than twice what the reference's under autocast do; in float32 by no more than five times what the
+reference's do. There nearly all of the difference, some 1e-3 of random weights, comes of the few ReLUs that another
 rounding flips: the reference with a folded BatchNorm is 0.8 to 2.5 times as far away as without.
 """
 

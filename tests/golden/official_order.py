@@ -72,7 +72,7 @@ class Criterion(nn.Module):
 
     def __init__(self, matcher: nn.Module) -> None:
         super().__init__()
-        self.matcher = matcher
+        self.matcher, self.deep_supervision = matcher, True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
             self.focal_loss = torch.jit.script(_focal_loss)
