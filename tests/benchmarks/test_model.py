@@ -31,6 +31,7 @@ def test_the_compiled_peers_roi_align_is_the_reference(level_rule):
     boxes[1, 1] = torch.tensor([-500.0, -500.0, -400.0, -450.0])  # outside
     found = roi_align(features, boxes, STRIDES, 7, 2, level_rule)
     expected = multiscale_roi_align_reference(features, boxes, STRIDES, 7, 2, level_rule)
+    # In float64: of values of about 1, a million times what the order of summation can change.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 

@@ -39,6 +39,7 @@ def fill(cache):
     cache.put(1, image(SIZES[1], 5))
 
 
+# Linux, where the suite runs, has it; Windows does not.
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 def test_forked_processes_share_it():
     cache = PixelCache(SIZES, 1000)

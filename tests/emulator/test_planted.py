@@ -93,7 +93,7 @@ def test_mistakes_are_reported(emulator, x, name, seed):
 @pytest.mark.parametrize("name", RACES)
 def test_races_are_reported(emulator, name, seed):
     if not emulator.races:
-        pytest.skip("this build does not look for them")
+        pytest.skip("this build does not look for them")  # that of make test-sanitize does
     emulator.set_seed(seed)
     x = torch.arange(4 * 128.0).reshape(4, 128)
     line = r"\S*planted\.cu:\d+"
@@ -107,7 +107,7 @@ def test_races_are_reported(emulator, name, seed):
 @pytest.mark.parametrize("name", OUT_OF_BOUNDS)
 def test_sanitizers_stop_at_writes_out_of_bounds(emulator, name):
     if not emulator.address_sanitizer:
-        pytest.skip("this build is without them")
+        pytest.skip("this build is without them")  # that of make test-sanitize has them
     code = (
         "import importlib.util, sys, torch\n"
         "spec = importlib.util.spec_from_file_location('_emulator', sys.argv[1])\n"

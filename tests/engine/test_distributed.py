@@ -28,6 +28,7 @@ from tests.engine.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# All wheels of PyTorch for Linux have it; some builds for other systems do not.
 pytestmark = pytest.mark.skipif(not torch_distributed.is_available(), reason="PyTorch has no torch.distributed")
 
 

@@ -11,6 +11,7 @@ from tests.engine import killed
 from tests.engine.conftest import TINY
 from tests.engine.test_resume import assert_same_models, assert_same_runs
 
+# Linux, where the suite runs, has it; Windows has no SIGKILL either.
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 
 

@@ -22,6 +22,7 @@ FILES = (
 )
 
 
+# The photographs are not part of the repository.
 @pytest.mark.skipif(not AQUARIUM.is_dir(), reason=f"the photographs are not at {AQUARIUM}")
 def test_eight_photographs_are_learnt_by_heart(tmp_path):
     """From the bundled detector of toy objects, at 192 x 256 pixels; each of the seven classes is there."""

@@ -11,16 +11,12 @@ from sparse_rcnn.inference.buckets import Inputs, Key
 from sparse_rcnn.inference.linear import Fp8
 from tests.inference.test_optimized import VARIANTS, assert_equal_detections, make_images, make_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present"),
+    pytest.mark.usefixtures("exact_float32"),
+]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    """No TF32, whose rounding is that of a half type."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def on_cpu(results):
