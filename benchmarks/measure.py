@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import last_level_cache
-from sparse_rcnn.inference.onednn import linear
+from sparse_rcnn.onednn import linear
 
 HEAD_START = 200_000  # cycles the GPU sleeps before each run, so that the launches of the run are queued when it starts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_rcnn.inference.onednn import has_onednn
+from sparse_rcnn.onednn import has_onednn
 
 
 @dataclass(frozen=True)

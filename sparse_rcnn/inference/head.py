@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from sparse_rcnn import ops
 from sparse_rcnn.inference.linear import make_layer
-from sparse_rcnn.inference.onednn import linear
 from sparse_rcnn.models import SparseRCNN
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.models.dynamic_head import Stage
+from sparse_rcnn.onednn import linear
 
 Weights = tuple[Tensor, Tensor | None]  # of a linear layer
 Norm = tuple[Tensor, Tensor]  # of a LayerNorm, in float32: the kernels take no other

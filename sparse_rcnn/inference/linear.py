@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparse_rcnn.inference.onednn import linear
+from sparse_rcnn.onednn import linear
 
 FP8 = torch.float8_e4m3fn
 _FP8_MULTIPLE = 16  # that a GPU's matrix product of this type asks of both sides of the weight

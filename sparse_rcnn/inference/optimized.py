@@ -18,13 +18,13 @@ from sparse_rcnn.inference.fuse import compiled, evaluating, fuse
 from sparse_rcnn.inference.head import InferenceHead
 from sparse_rcnn.inference.linear import check_compression
 from sparse_rcnn.inference.memory import give_freed_memory_back, keep_freed_memory, run_in_batches
-from sparse_rcnn.inference.onednn import cpu_has
 from sparse_rcnn.inference.program import Program
 from sparse_rcnn.inference.submitted import Run, Submitted, now
 from sparse_rcnn.inference.upload import Uploads
 from sparse_rcnn.inference.weight_guard import WeightGuard
 from sparse_rcnn.models.batch import normalize_pixels, pad_images
 from sparse_rcnn.models.sparse_rcnn import SparseRCNN, StageOutputs
+from sparse_rcnn.onednn import cpu_has
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZE_MULTIPLE = 32

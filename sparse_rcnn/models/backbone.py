@@ -70,10 +70,11 @@ class BackboneWithFPN(nn.Module):
         name: ``resnet18|34|50|101`` or the name of a timm model with ``features_only`` that takes images of any size.
         channels: channels of every map.
         frozen_stages: of a ResNet: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on;
-            None is the paper's 2. Of a timm model nothing is frozen.
+            None is the paper's 2. Of a timm model 2 freezes all up to the map of stride 4, 3 up to that of stride 8,
+            and so on; None is 0.
 
     Raises:
-        ValueError: an unknown name, or a model without these four strides.
+        ValueError: an unknown name, a model without these four strides, or ``frozen_stages`` that it does not have.
     """
 
     def __init__(self, name: str, channels: int, frozen_stages: int | None = None) -> None:
@@ -82,10 +83,9 @@ class BackboneWithFPN(nn.Module):
         if name in RESNETS:
             self.body, widths = _resnet(name)
             _freeze(self.body, 2 if frozen_stages is None else frozen_stages)
-        elif frozen_stages:
-            raise ValueError(f"frozen_stages: expected 0 or None for the timm model {name!r}, got {frozen_stages}")
         else:
             self.body, widths = _timm(name)
+            _freeze_timm(self.body, frozen_stages or 0)
         self.fpn = torchvision.ops.FeaturePyramidNetwork(widths, channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -137,6 +137,19 @@ def _freeze(body: nn.Module, stages: int) -> None:
         raise ValueError(f"frozen_stages: expected at most {len(groups)}, got {stages}")
     for group in groups[:stages]:
         group.requires_grad_(False)
+
+
+def _freeze_timm(body: nn.Module, stages: int) -> None:
+    """Turn off the gradients of all that the first ``stages - 1`` maps are made by."""
+    if stages not in (0, 2, 3, 4, 5):
+        raise ValueError(f"frozen_stages: expected 0 or 2 to 5 for a timm model, got {stages}")
+    if stages:
+        last = body.feature_info.module_name()[stages - 2]
+        inside = (f"{last}.", f"{last.replace('.', '_')}.")  # timm flattens some models
+        names = [name for name, _ in body.named_parameters()]  # in the order of the computation
+        end = max(index for index, name in enumerate(names) if name.startswith(inside))
+        for name in names[: end + 1]:
+            body.get_parameter(name).requires_grad_(False)
 
 
 def load_backbone_weights(backbone: BackboneWithFPN, source: str = "auto") -> str:

@@ -51,7 +51,8 @@ class SparseRCNNConfig:
         deep_supervision: losses at every stage, or at the last one only.
         backbone: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101`` or the name of a timm model.
         frozen_stages: of a ResNet: 0 trains everything, 1 freezes the stem, 2 the stem and the first stage, and so on;
-            None is the paper's 2. Of a timm model nothing is frozen.
+            None is the paper's 2. Of a timm model 2 freezes all up to the map of stride 4, 3 up to that of stride 8,
+            and so on; None is 0.
         level_rule: how a box chooses its FPN level, ``detectron2`` or ``mmdet``.
         delta_clamp: (lower, upper) bound of dw and dh before exp(); None is no bound.
         pixel_mean, pixel_std: of RGB values in 0..255.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparse_rcnn import ops
 from sparse_rcnn.models.config import SparseRCNNConfig
+from sparse_rcnn.models.linear import Linear
 from sparse_rcnn.models.recompute import recomputed
 
 # Probability that a class starts with, so that the many negatives do not swamp the first steps (RetinaNet, 4.1).
@@ -78,13 +79,13 @@ class Stage(nn.Module):
             self.norm1 = nn.LayerNorm(C)
         self.inst_interact = _INTERACTIONS[config.interaction](config, strides)
         self.norm2 = nn.LayerNorm(C)
-        self.linear1 = nn.Linear(C, config.dim_feedforward)
-        self.linear2 = nn.Linear(config.dim_feedforward, C)
+        self.linear1 = Linear(C, config.dim_feedforward)
+        self.linear2 = Linear(config.dim_feedforward, C)
         self.norm3 = nn.LayerNorm(C)
         self.cls_module = _tower(C, config.num_cls_layers)
         self.reg_module = _tower(C, config.num_reg_layers)
-        self.class_logits = nn.Linear(C, config.num_classes + (config.classification == "softmax"))
-        self.bboxes_delta = nn.Linear(C, 4)
+        self.class_logits = Linear(C, config.num_classes + (config.classification == "softmax"))
+        self.bboxes_delta = Linear(C, 4)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One refinement: boxes [B, N, 4] and proposal features x [B, N, C] in; logits, boxes, features out."""
@@ -120,10 +121,10 @@ class DynamicConv(nn.Module):
         C, D = config.hidden_dim, config.dim_dynamic
         self.config = config
         self.strides = tuple(strides)
-        self.dynamic_layer = nn.Linear(C, 2 * C * D)
+        self.dynamic_layer = Linear(C, 2 * C * D)
         self.norm1 = nn.LayerNorm(D)
         self.norm2 = nn.LayerNorm(C)
-        self.out_layer = nn.Linear(config.pooler_resolution**2 * C, C)
+        self.out_layer = Linear(config.pooler_resolution**2 * C, C)
         self.norm3 = nn.LayerNorm(C)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class ConcatInteraction(nn.Module):
     def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
         super().__init__()
         self.roi = RoIFeature(config, strides)
-        self.merge = nn.Linear(2 * config.hidden_dim, config.hidden_dim)
+        self.merge = Linear(2 * config.hidden_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class RoIFeature(nn.Module):
         super().__init__()
         self.config = config
         self.strides = tuple(strides)
-        self.out_layer = nn.Linear(config.pooler_resolution**2 * config.hidden_dim, config.hidden_dim)
+        self.out_layer = Linear(config.pooler_resolution**2 * config.hidden_dim, config.hidden_dim)
         self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def _tower(channels: int, layers: int) -> nn.Sequential:
     """``layers`` times Linear without bias, LayerNorm, ReLU."""
     blocks: list[nn.Module] = []
     for _ in range(layers):
-        blocks += [nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU()]
+        blocks += [Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU()]
     return nn.Sequential(*blocks)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_rcnn.inference.onednn import cpu_has
+from sparse_rcnn.onednn import cpu_has
 
 LOGIT_TOLERANCE = 1e-3
 BOX_TOLERANCE = 0.02  # pixels

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from sparse_rcnn.inference import onednn
+from sparse_rcnn import onednn
 from sparse_rcnn.inference.buckets import Inputs, Key
 from sparse_rcnn.inference.linear import FP8, Fp8, check_compression, low_rank, quantize
 from tests.host_reads import forbid_host_reads

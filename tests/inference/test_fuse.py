@@ -12,8 +12,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from sparse_rcnn.inference.convolution import Activation, FusedConv2d, fold_norm
 from sparse_rcnn.inference.fuse import fuse
-from sparse_rcnn.inference.onednn import linear
 from sparse_rcnn.models.backbone import BackboneWithFPN
+from sparse_rcnn.onednn import linear
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ import weakref
 import pytest
 import torch
 
-from sparse_rcnn import SparseRCNN, SparseRCNNConfig, ops
+from sparse_rcnn import SparseRCNN, SparseRCNNConfig, onednn, ops
 from sparse_rcnn.data.transforms import resize
-from sparse_rcnn.inference import OptimizedSparseRCNN, StaleWeightsError, onednn
+from sparse_rcnn.inference import OptimizedSparseRCNN, StaleWeightsError
 from sparse_rcnn.inference.optimized import resolve_dtype
 from sparse_rcnn.models.config import MMDET_DELTA_CLAMP
 
@@ -322,8 +322,8 @@ def test_a_half_type_that_the_processor_lacks_becomes_float32(model, monkeypatch
 
 @torch.inference_mode()
 def test_without_onednn_the_ordinary_operators_serve(model, monkeypatch):
-    for module in ("convolution", "onednn"):
-        monkeypatch.setattr(f"sparse_rcnn.inference.{module}.has_onednn", lambda dtype: False)
+    for module in ("inference.convolution", "onednn"):
+        monkeypatch.setattr(f"sparse_rcnn.{module}.has_onednn", lambda dtype: False)
     images = make_images((50, 64), (40, 90))
     called = []
     monkeypatch.setattr(

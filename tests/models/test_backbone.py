@@ -77,11 +77,24 @@ def test_nothing_of_a_timm_model_is_frozen(stages):
     assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "convnext_atto"])  # whose parts timm names by two rules
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_frozen_stages_of_a_timm_model(name, stages):
+    """The maps that are frozen depend on no parameter that is trained, the next on some."""
+    body = BackboneWithFPN(name, 8, frozen_stages=stages).body
+    maps = body(torch.randn(1, 3, 64, 64))
+    assert [m.requires_grad for m in maps] == [index > stages - 2 for index in range(4)]
+    if stages < 5:
+        first = [p for p in body.parameters() if p.requires_grad][0]
+        assert torch.autograd.grad(maps[stages - 1].sum(), first, allow_unused=True)[0] is not None
+
+
 def test_frozen_stages_out_of_range():
     with pytest.raises(ValueError, match="frozen_stages: expected at most 5, got 6"):
         on_meta("resnet18", frozen_stages=6)
-    with pytest.raises(ValueError, match="frozen_stages: expected 0 or None for the timm model 'mobilenet.*', got 1"):
-        on_meta("mobilenetv3_small_050", frozen_stages=1)
+    for stages in (1, 6):
+        with pytest.raises(ValueError, match=f"frozen_stages: expected 0 or 2 to 5 for a timm model, got {stages}"):
+            on_meta("mobilenetv3_small_050", frozen_stages=stages)
 
 
 def test_unknown_names():
