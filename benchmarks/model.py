@@ -20,12 +20,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ import torch
 from benchmarks import model_worker
 from benchmarks.environment import ROOT, environment, write_json
 from benchmarks.measure import quantiles
+from benchmarks.measured_process import MeasuredProcess, start
 from benchmarks.picture import draw
 from benchmarks.report import COMMAND_MODEL, MODEL, model_table, update_readme
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
@@ -96,10 +94,10 @@ def measure(
     report |= {"runs": runs, "environment": environment(device)}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         make_detector(preset).save_pretrained(folder)
-        flags = ["--device", str(device), "--size", *map(str, size), "--batches", *map(str, batches)]
-        workers = {name: stack.enter_context(_worker(name, folder, flags)) for name in names}
+        flags = [folder, "--device", device, "--size", *size, "--batches", *batches]
+        workers = {name: stack.enter_context(start(model_worker.__name__, name, *flags)) for name in names}
         peaks = {name: worker.ask("peak") for name, worker in workers.items()}
-        report["gate"] = gate({name: worker.gate() for name, worker in workers.items()})
+        report["gate"] = gate({name: worker.gate() or {} for name, worker in workers.items()})
         report["passed"] = all(row["passed"] for row in report["gate"].values())
         if not report["passed"]:
             return report
@@ -156,48 +154,7 @@ def gate(outputs: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, Any
     return rows
 
 
-class _Worker:
-    """The parent's end of a process of :mod:`benchmarks.model_worker`."""
-
-    def __init__(self, process: subprocess.Popen, folder: str) -> None:
-        self.process, self.folder = process, folder
-        begin = time.perf_counter()
-        self._receive()  # comes after its first result
-        self.start_up = time.perf_counter() - begin
-
-    def ask(self, message: str) -> Any:
-        """Send one line, get one back."""
-        self.process.stdin.write(message + "\n")
-        self.process.stdin.flush()
-        return self._receive()
-
-    def gate(self) -> dict[str, torch.Tensor]:
-        """All stages' logits and boxes; of a peer nothing."""
-        path = Path(self.folder) / "outputs.pt"
-        return torch.load(path) if self.ask(f"gate {path}") else {}
-
-    def _receive(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker broke: {self.process.args}")
-        return json.loads(line)
-
-
-@contextlib.contextmanager
-def _worker(name: str, folder: str, flags: list[str]) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "benchmarks.model_worker", name, folder, *flags]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
-        yield _Worker(process, folder)
-    finally:
-        process.stdin.close()
-        process.wait()
-
-
-def _time(workers: dict[str, _Worker], runs: int) -> dict[str, Any]:
+def _time(workers: dict[str, MeasuredProcess], runs: int) -> dict[str, Any]:
     """Seconds of every part of every implementation, round by round, and their ratios to each peer's."""
     seconds: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in worker.ask("parts")} for name, worker in workers.items()

@@ -20,9 +20,7 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,8 +30,9 @@ from typing import Any
 import torch
 
 from benchmarks import train_step_worker as worker
-from benchmarks.environment import ROOT, environment, write_json
+from benchmarks.environment import environment, write_json
 from benchmarks.measure import quantiles
+from benchmarks.measured_process import MeasuredProcess, start
 from benchmarks.model import make_detector
 from sparse_rcnn.models.config import PRESETS
 
@@ -89,15 +88,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         make_detector(options.preset).save_pretrained(folder)
         arguments = [folder, options.device, options.batch_size, *options.size]
-        with _worker(worker.EXACT, arguments) as other:
-            exact = other.gradients()
-        reference = stack.enter_context(_worker(worker.REFERENCE, arguments))
-        report["gate"][worker.REFERENCE] = row = _gate(reference.gradients(), exact, None)
+        with start(worker.__name__, worker.EXACT, *arguments) as other:
+            exact = other.gate()
+        reference = stack.enter_context(start(worker.__name__, worker.REFERENCE, *arguments))
+        report["gate"][worker.REFERENCE] = row = _gate(reference.gate(), exact, None)
         limits = {False: 5 * row["error"], True: None}  # by whether it is under autocast
         for name in names(options.device, options.compile, options.only):
-            with _worker(name, arguments) as other:  # two at a time: four would not fit into a small machine
+            with start(
+                worker.__name__, name, *arguments
+            ) as other:  # two at a time: four would not fit into a small machine
                 bfloat16 = worker.IMPLEMENTATIONS[name].bfloat16
-                row = _gate(other.gradients(), exact, limits[bfloat16])
+                row = _gate(other.gate(), exact, limits[bfloat16])
                 report["gate"][name] = row
                 if name == AUTOCAST:
                     limits[True] = 2 * row["error"]
@@ -119,7 +120,7 @@ def _gate(gradients: list[torch.Tensor] | None, exact: list[torch.Tensor], limit
     return {"error": error, "allowed": limit, "passed": error <= (math.inf if limit is None else limit)}
 
 
-def _compare(reference: _Worker, other: _Worker, runs: int) -> dict[str, Any]:
+def _compare(reference: MeasuredProcess, other: MeasuredProcess, runs: int) -> dict[str, Any]:
     """Seconds of both, round by round, and what one is of the other."""
     rounds: list[tuple[dict[str, float], dict[str, float]]] = []
     for run in range(runs + 1):
@@ -136,46 +137,6 @@ def _compare(reference: _Worker, other: _Worker, runs: int) -> dict[str, Any]:
         "peak_gib": other.ask("peak"),
         "reference_peak_gib": reference.ask("peak"),
     }
-
-
-class _Worker:
-    """The parent's end of a process of :mod:`benchmarks.train_step_worker`."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
-        self._receive()  # comes after its first step
-
-    def ask(self, message: str) -> Any:
-        """Send one line, get one back."""
-        self.process.stdin.write(message + "\n")
-        self.process.stdin.flush()
-        return self._receive()
-
-    def gradients(self) -> list[torch.Tensor] | None:
-        """Those of its first step, of each parameter."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "gradients.pt"
-            return torch.load(path) if self.ask(f"gate {path}") else None
-
-    def _receive(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker broke: {self.process.args}")
-        return json.loads(line)
-
-
-@contextlib.contextmanager
-def _worker(name: str, arguments: list[Any]) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "benchmarks.train_step_worker", name, *map(str, arguments)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
-        yield _Worker(process)
-    finally:
-        process.stdin.close()
-        process.wait()
 
 
 def terminal_table(report: dict[str, Any]) -> Iterator[str]:
