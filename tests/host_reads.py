@@ -33,8 +33,7 @@ def forbid_host_reads() -> Iterator[None]:
         for owner, names in _READING_FUNCTIONS:
             for name in names:
                 stack.enter_context(mock.patch.object(owner, name, _raising(f"{owner.__name__}.{name}")))
-        for name, check in (("to", _check_to), ("__getitem__", _check_index), ("__setitem__", _check_index)):
-            stack.enter_context(mock.patch.object(Tensor, name, _checking(check, name)))
+        stack.enter_context(mock.patch.object(Tensor, "to", _checked_to(Tensor.to)))
         stack.enter_context(_Operators())
         yield
 
@@ -54,28 +53,18 @@ def _raising(name: str) -> Callable[..., Any]:
     return read
 
 
-def _checking(check: Callable[..., None], name: str) -> Callable[..., Any]:
-    function = getattr(Tensor, name)
+def _checked_to(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Where everything is on the CPU, only this spelling tells a way back to the host from a way to the device.
+        if any(isinstance(value, str) and value == "cpu" for value in (*args, *kwargs.values())):
+            raise HostRead('host read: Tensor.to("cpu")')
+        return function(tensor, *args, **kwargs)
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check(name, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _check_to(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-    # Where everything is on the CPU, only this spelling tells a way back to the host from a way to the device.
-    if any(isinstance(value, str) and value == "cpu" for value in (*args, *kwargs.values())):
-        raise HostRead('host read: Tensor.to("cpu")')
+    return to
 
 
-def _check_index(name: str, tensor: Tensor, index: Any, *value: Any) -> None:
-    for place in index if isinstance(index, tuple) else (index,):
-        if not isinstance(place, Tensor | int | slice | type(None) | type(...)):
-            raise HostRead(f"host read: Tensor.{name} with a {type(place).__name__}, which is copied to the device")
-
-
+# lift_fresh makes a tensor of values of the host, such as a list that is an index. Indexing itself cannot be exchanged:
+# a class never gets the slots of a C type back.
 _READS = frozenset(
     {
         *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "lift_fresh"),
