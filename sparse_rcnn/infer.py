@@ -210,7 +210,8 @@ class _Run:
     """One run: everything that can be found wrong beforehand is when it is made, the work is in ``execute``."""
 
     def __init__(self, options: argparse.Namespace, shards: Shards | None) -> None:
-        from sparse_rcnn.runtime import Predictor, default_weights  # loads torch: not for -h and wrong flags
+        # They load torch: not for -h and wrong flags.
+        from sparse_rcnn.runtime import FILES_PER_WORKER, Predictor, default_weights
 
         self.options, self.shards = options, shards
         self.failures = self.images = self.detections = 0
@@ -222,12 +223,15 @@ class _Run:
         if shards and not options.inputs:
             raise UsageError("a video is for one process")
         device = shards.device(options.device) if shards else options.device
+        workers = _default_workers(device) if options.workers is None else options.workers
+        if options.inputs:  # none begins that will have nothing to do
+            workers = min(workers, len(inputs.sources) // FILES_PER_WORKER)
         self.predictor = Predictor(
             options.weights or default_weights(),
             device=device,
             dtype=options.dtype,
             batch_size=options.batch_size,
-            workers=_default_workers(device) if options.workers is None else options.workers,
+            workers=workers,
             score_threshold=options.score_threshold,
             top_k=options.top_k,
             classes=options.classes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparse_rcnn.data.decode import ImageError, decode_image
-from sparse_rcnn.data.read_ahead import read_file, read_images
+from sparse_rcnn.data.read_ahead import Worker, begin_workers, read_file, read_images
 from sparse_rcnn.data.transforms import network_size, resize
 from sparse_rcnn.detections import Detections, resolve_classes
 from sparse_rcnn.inference import OptimizedSparseRCNN, StaleWeightsError, padded_shape, resolve_dtype
@@ -92,7 +93,7 @@ class Predictor:
         batch_size: images a forward pass. Only images that are padded alike share one, for the network sees the
             padding: detections are those of each image alone.
         workers: processes that read the files and URLs of a stream or list ahead, where there are enough of them; 0
-            reads in this process.
+            reads in this process. Those of the first stream begin at once, while the model is loaded.
         score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
         nms: IoU of a class-wise suppression, see :meth:`Detections.nms`; None, the paper's way, is none.
         optimize: run what ``SparseRCNN.optimize`` makes of the model, made again when its weights change; False runs
@@ -131,11 +132,13 @@ class Predictor:
         if nms is not None:
             _check_fraction("nms", nms)
         self.device = pick_device(device)
+        self.batch_size, self.workers = batch_size, workers
+        self._begun = begin_workers(workers, self._ahead)  # for the first stream
+        weakref.finalize(self, _stop, self._begun)
         if not isinstance(model, nn.Module):
             model = SparseRCNN.from_pretrained(model)
         self.model = model.eval().to(self.device)
         self.dtype = _DTYPES.get(dtype)
-        self.batch_size, self.workers = batch_size, workers
         self._most = batch_size  # that the memory suffices for
         self.optimized: OptimizedSparseRCNN | None = None
         if optimize and isinstance(model, SparseRCNN):
@@ -233,9 +236,17 @@ class Predictor:
         decode = seconds.decode / max(seconds.workers, 1)
         return Throughput(*(seconds.images / max(phase, 1e-9) for phase in (decode, forward)))
 
+    @property
+    def _ahead(self) -> int:
+        """Images that workers are ahead by."""
+        return 2 * max(self.workers, self.batch_size)
+
     def _load(self, sources: Iterable[Any], workers: int) -> Iterator[_Loaded]:
-        ahead = 2 * max(workers, self.batch_size)
-        for found in read_images(sources, read_image, workers, ahead):
+        begun: int | list[Worker] = workers
+        if workers and len(self._begun) == workers:
+            begun = self._begun[:]
+            self._begun.clear()
+        for found in read_images(sources, read_image, begun, self._ahead):
             self.timings.decode += found.seconds
             size = None
             if found.error is None:
@@ -349,6 +360,11 @@ class _Stages:
     proposal_boxes: Tensor  # [N, 4]
     boxes: Tensor  # [S, N, 4]
     scores: Tensor  # [S, N, K]
+
+
+def _stop(workers: Iterable[Worker]) -> None:
+    for worker in workers:
+        worker.stop()
 
 
 def _stages_of(outputs: Any, classification: str) -> list[_Stages]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -68,15 +68,31 @@ def read_file(source: str | os.PathLike[str]) -> np.ndarray:
         raise ImageError(f"{source}: {str(error).removeprefix('image bytes: ')}") from error
 
 
+def begin_workers(workers: int, ahead: int) -> list[Worker]:
+    """Workers for one call of :func:`read_images`, which takes a while less where they have begun before it.
+
+    Raises:
+        RuntimeError: not on this system.
+    """
+    crew = [Worker(depth=-(-ahead // workers)) for _ in range(workers)]
+    for worker in crew:
+        worker.begin()
+    return crew
+
+
 def read_images(
-    sources: Iterable[Any], read: Callable[[Any], np.ndarray], workers: int = 0, ahead: int = 1
+    sources: Iterable[Any],
+    read: Callable[[Any], np.ndarray],
+    workers: int | Sequence[Worker] = 0,
+    ahead: int = 1,
 ) -> Iterator[Read]:
     """Read every source, in order.
 
     Args:
         sources: any iterable; with workers it is asked for at most ``ahead`` sources before the first is taken.
         read: reads what is no path and no URL, in this process; without workers all of them.
-        workers: processes that read paths and URLs.
+        workers: processes that read paths and URLs, or those of :func:`begin_workers` with this ``ahead``; they end
+            with this generator.
         ahead: images at most that are being read or wait to be taken.
 
     Raises:
@@ -85,18 +101,18 @@ def read_images(
     """
     iterator, waiting = iter(sources), deque()
     with contextlib.ExitStack() as stack:
-        crew = [_Worker(depth=-(-ahead // workers)) for _ in range(workers)]
+        crew = begin_workers(workers, ahead) if isinstance(workers, int) else workers
         for worker in crew:
             stack.callback(worker.stop)
         turns = itertools.cycle(crew)
         while True:
-            while len(waiting) < (ahead if workers else 1):
+            while len(waiting) < (ahead if crew else 1):
                 begin = time.perf_counter()
                 source = next(iterator, _END)
                 came = time.perf_counter() - begin
                 if source is _END:
                     break
-                worker = next(turns) if workers and isinstance(source, (str, os.PathLike)) else None
+                worker = next(turns) if crew and isinstance(source, (str, os.PathLike)) else None
                 if worker is not None:
                     worker.give(source)
                 waiting.append((source, came, worker))
@@ -124,7 +140,7 @@ class _Task:
     deaths: int = 0  # of workers, over this task
 
 
-class _Worker:
+class Worker:
     """A process that reads what it is given, in that order, and the shared memory that it reads into.
 
     A process that dies died over the first of the tasks that it had not answered. A new one is given them all again,
@@ -144,13 +160,16 @@ class _Worker:
         self.tasks: deque[_Task] = deque()
         self.free = deque(range(depth))
         self.process: subprocess.Popen | None = None
+        self.place = _place()
         self.stillborn = 0  # processes in a row that died before they had begun
 
     def give(self, source: str | os.PathLike[str]) -> None:
         """One more task."""
+        if not self.tasks and self.place != _place():  # begun for another folder: paths would be other files
+            self.stop()
         self.tasks.append(_Task(source, self.free.popleft()))
         if self.process is None:
-            self._start()
+            self.begin()
         else:
             self._send((source, self.tasks[-1].slot))
 
@@ -169,10 +188,10 @@ class _Worker:
             if task.deaths == 2:
                 answer = ImageError(f"{os.fspath(task.source)}: the process that decoded it died ({ended})"), 0.0
                 break
-            self._start()
+            self.begin()
         self.free.append(self.tasks.popleft().slot)
         if self.process is None and self.tasks:
-            self._start()
+            self.begin()
         found, seconds = answer
         if isinstance(found, tuple):
             found = self.pixels[task.slot, : np.prod(found)].reshape(found).copy()
@@ -187,7 +206,8 @@ class _Worker:
         code, self.process = self.process.wait(), None
         return f"signal {-code}" if code < 0 else f"exit status {code}"
 
-    def _start(self) -> None:
+    def begin(self) -> None:
+        """Start the process, which is given what is to be done."""
         ours, theirs = socket.socketpair()
         files = (theirs.fileno(), self.memory.fileno())
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
@@ -202,6 +222,7 @@ class _Worker:
             )
         self.connection = connection.Connection(ours.detach())
         self.stillborn += 1
+        self.place = _place()
         self._send(Image.MAX_IMAGE_PIXELS)
         for task in self.tasks:
             self._send((task.source, task.slot))
@@ -219,6 +240,11 @@ class _Worker:
             return self.connection.recv()
         except (EOFError, OSError):
             return None
+
+
+def _place() -> tuple[str, int | None]:
+    """What a process takes over when it begins: the working folder, and Pillow's limit."""
+    return os.getcwd(), Image.MAX_IMAGE_PIXELS
 
 
 def _slots(file: int) -> np.ndarray:

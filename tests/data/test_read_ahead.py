@@ -137,12 +137,32 @@ def test_workers_end_with_the_reader(files, workers):
     assert workers() == []
 
 
+def test_workers_that_began_before(files, workers):
+    crew = read_ahead.begin_workers(2, ahead=4)
+    begun = workers()
+    assert len(begun) == 2
+    for found, source in zip(read_images(files, read_file, crew, ahead=4), files, strict=True):
+        check(found, source)
+        assert workers() == begun
+    assert workers() == []
+
+
+def test_workers_that_began_in_another_folder(files, workers, tmp_path_factory, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("other"))
+        Image.new("RGB", (5, 5)).save("0.png")
+        crew = read_ahead.begin_workers(1, ahead=2)
+    for found, source in zip(read_images(files[:3], read_file, crew, ahead=2), files, strict=False):
+        check(found, source)
+    assert workers() == []
+
+
 def test_workers_end_when_their_process_is_killed(files):
     """A script needs no guard for them, either."""
     script = (
         "import os, signal\n"
         "from sparse_rcnn.data import read_ahead\n"
-        "reader = read_ahead._Worker(1)\n"
+        "reader = read_ahead.Worker(1)\n"
         "reader.give('0.png')\n"
         "print(reader.take()[0].shape, reader.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -90,6 +90,11 @@ def test_the_default_number_of_workers(monkeypatch):
     assert infer._default_workers("auto") == 6
 
 
+def test_few_files_begin_no_worker(folder, tiny_weights, monkeypatch):
+    monkeypatch.setattr("sparse_rcnn.data.read_ahead.Worker", None)
+    assert infer.main(["in/000.png", "--weights", str(tiny_weights), "--device", "cpu", "--workers", "2"]) == 0
+
+
 def test_warnings_are_notes(folder, tiny_weights, capsys, monkeypatch):
     monkeypatch.setattr("sparse_rcnn.inference.optimized.cpu_has", lambda dtype: dtype == torch.float32)
     assert infer.main(["in/000.png", "--weights", str(tiny_weights), "--device", "cpu", "--dtype", "bfloat16"]) == 0

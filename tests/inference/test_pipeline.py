@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import dataclass
 
@@ -274,8 +275,24 @@ def test_memory_is_bounded(tiny_weights, photographs, slow):
         assert given == 150
 
 
-def test_few_files_start_no_worker(tiny_weights, photographs, monkeypatch):
-    monkeypatch.setattr("sparse_rcnn.data.read_ahead._Worker", None)
+def test_workers_begin_with_the_predictor_and_serve_its_first_stream(tiny_weights, photographs):
     predictor = Predictor(tiny_weights, device="cpu", workers=2)
-    assert len(predictor.predict(photographs[:9])) == 9
-    assert len(predictor.predict(photographs[0])) > 0
+    workers = [worker.process for worker in predictor._begun]
+    assert len(workers) == 2
+    files = [path for path in photographs if path.stem != "11"][:32]
+    assert len(predictor.predict(files[:9])) == 9  # too few to need them
+    assert [worker.process for worker in predictor._begun] == workers
+    stream = predictor.stream(files)
+    next(stream)
+    assert predictor._begun == [] and [worker.poll() for worker in workers] == [None, None]
+    assert len(list(stream)) == 31
+    assert None not in [worker.poll() for worker in workers]
+    assert len(predictor.predict(files)) == 32  # by others
+
+
+def test_workers_end_with_the_predictor(tiny_weights):
+    predictor = Predictor(tiny_weights, device="cpu", workers=1)
+    (worker,) = predictor._begun
+    del predictor
+    gc.collect()
+    assert worker.process is None
