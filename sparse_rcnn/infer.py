@@ -404,14 +404,15 @@ def _summary(predictor: Any, totals: dict[str, float], seconds: float) -> str:
 
 
 def _default_workers(device: str) -> int:
-    """All cores of this process's share of the machine where a GPU detects; a quarter where they do so themselves."""
+    """All cores of this process's share of the machine where a GPU detects; a quarter where they do so themselves, and
+    of few none: whoever reads beside their threads makes all of them wait for the one whose core it takes."""
     from sparse_rcnn.runtime import pick_device
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not CAN_HAVE_WORKERS:
         return 0
-    return max(1, min(16, cores if pick_device(device).type == "cuda" else cores // 4))
+    return min(16, max(1, cores) if pick_device(device).type == "cuda" else cores // 4)
 
 
 def describe(detections: Detections, scores: int = 5) -> str:

@@ -84,7 +84,7 @@ def test_the_default_number_of_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     assert infer._default_workers("cpu") == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert infer._default_workers("cpu") == 1
+    assert infer._default_workers("cpu") == 0
     monkeypatch.setattr("sparse_rcnn.runtime.pick_device", lambda device: torch.device("cuda"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert infer._default_workers("auto") == 6
