@@ -91,9 +91,9 @@ def test_peak_memory_does_not_count_what_was_held_before():
 
 
 def test_ceilings_count_what_the_copy_and_the_product_do(monkeypatch):
-    monkeypatch.setattr(measure, "in_turn", lambda calls, *rest, **options: {name: [0.5] for name in calls})
+    monkeypatch.setattr(measure, "in_turn", lambda calls, *rest, **options: {name: [0.9, 0.5] for name in calls})
     limits = ceilings.__wrapped__(CPU, torch.float32)
-    assert limits["gemm_flop_per_s"] == 2 * 1024**3 / 0.5
+    assert limits["gemm_flop_per_s"] == 2 * 8192 * 1024**2 / 0.5
     assert limits["copy_bytes_per_s"] >= 2 * 4 * measure.last_level_cache(CPU) / 0.5
 
 
