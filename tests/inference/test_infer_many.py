@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_the_finished_results(folder, tiny_weights):
     said = [process.stdout.readline() for _ in range(3)]
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does
     output, errors = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors + output[-1000:]
     lines = [*said, *output.splitlines()]
     names = [line.split(":")[0] for line in lines[:-1]]
     _, found, _ = read("r")
