@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1, help="images a forward pass; 1 (default) has no padding")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 is autocast")
+    parser.add_argument("--nms", type=float, metavar="IOU", help="as of infer (default: the model's, which is off)")
     parser.add_argument("--tta", action="store_true", help="see each image at three sizes, plain and mirrored")
     parser.add_argument(
         "--stages", action="store_true", help="also score every stage of the head as if it were the last"
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     try:
         options = {"batch_size": args.batch_size, "dtype": args.dtype, "progress": True, "scorer": args.scorer}
-        result = evaluate(model, dataset, tta=args.tta, **options)
+        result = evaluate(model, dataset, tta=args.tta, nms=args.nms, **options)
         stages = evaluate_stages(model, dataset, **options) if args.stages else None
         if distributed.is_main():
             _tell(args, result, stages)
@@ -90,6 +91,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, DetectionDataset]:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    if args.nms is not None and not 0 <= args.nms <= 1:
+        raise ValueError(f"--nms: expected a number within 0..1, got {args.nms}")
     device = pick_device(distributed.own_device(args.device))
     pick_scorer(args.scorer)
     dataset = open_dataset(args.data, args.split)

@@ -25,7 +25,8 @@ COMMAND = "sparse_rcnn.infer"
 _EPILOG = """\
 Exit status: 0 all done, 1 some input failed (named on stderr, the others are done), 2 wrong usage, 130 interrupted.
 COCO image ids are the file names' numbers if each is a number of its own, else 0, 1, 2... in the order of the inputs.
-Without --nms there is no suppression: Sparse R-CNN needs none. Results depend on no batch size: images that are padded
+Without --nms there is no suppression, for Sparse R-CNN needs none, but where the model's configuration has an IoU for
+it, as one trained on few images may; --nms 1 is none. Results depend on no batch size: images that are padded
 alike share a batch. torchrun --nproc-per-node=K -m sparse_rcnn.infer ... does the same in K processes, on K GPUs where
 there are as many; if one dies, the results of the others are kept as FILE.part*."""
 
@@ -107,7 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--score-threshold", "--confidence-threshold", type=float, default=0.3, metavar="S", help=threshold)
     add("--top-k", type=int, metavar="K", help="at most the K best of an image")
     add("--classes", metavar="A,B", help="only these, by name or index, separated by commas")
-    add("--nms", type=float, metavar="IOU", help="class-wise non-maximum suppression (default: off)")
+    add(
+        "--nms",
+        type=float,
+        metavar="IOU",
+        help="class-wise non-maximum suppression (default: the model's, which is off)",
+    )
     results = parser.add_argument_group("results")
     add = results.add_argument
     add("--output", metavar="DIR", type=Path, help="write drawn images there (one image: or to a file, as x.png)")

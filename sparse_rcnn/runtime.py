@@ -95,7 +95,8 @@ class Predictor:
         workers: processes that read the files and URLs of a stream or list ahead, where there are enough of them; 0
             reads in this process. Those of the first stream begin at once, while the model is loaded.
         score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
-        nms: IoU of a class-wise suppression, see :meth:`Detections.nms`; None, the paper's way, is none.
+        nms: IoU of a class-wise suppression, see :meth:`Detections.nms`. None is the model's own (``config.nms``),
+            which is none if it follows the paper; 1 is none.
         optimize: run what ``SparseRCNN.optimize`` makes of the model, made again when its weights change; False runs
             the model itself, half types by autocast.
 
@@ -151,7 +152,7 @@ class Predictor:
         self.score_threshold = score_threshold
         self.top_k = top_k
         self.classes = None if classes is None else resolve_classes(classes, self.class_names)
-        self.nms = nms
+        self.nms = model.config.nms if nms is None else nms
         self.timings = Timings()
 
     def _optimize(self) -> None:

@@ -60,6 +60,7 @@ def evaluate(
     progress: bool = False,
     scorer: str = "auto",
     tta: bool = False,
+    nms: float | None = None,
 ) -> EvalResult:
     """Run ``model`` over ``dataset`` and score the detections as COCO does (at most 100 an image).
 
@@ -74,14 +75,15 @@ def evaluate(
         progress: show a bar.
         scorer: see :func:`coco_metrics`.
         tta: see every image at three sizes, plain and mirrored, see :func:`detect_augmented`; one at a time.
+        nms: as of :class:`Predictor`; without meaning for ``tta``, which suppresses anyway.
 
     Raises:
-        ValueError: model and data set have no class in common.
+        ValueError: model and data set have no class in common, or ``nms`` is out of range.
     """
     scorer = pick_scorer(scorer)
     categories, notes = match_classes(model.config, dataset)
     numbering = Numbering(dataset)
-    rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress, tta)
+    rows, failed = detect_dataset(model, dataset, categories, batch_size, dtype, progress, tta, nms)
     metrics, per_class = distributed.from_main(lambda: coco_metrics(numbering.ground_truth(), rows, scorer))
     per_class = {dataset.class_names[number - 1]: values for number, values in per_class.items()}
     detections = numbering.to_coco(rows) if distributed.is_main() else []
@@ -182,6 +184,7 @@ def detect_dataset(
     dtype: str = "float32",
     progress: bool = False,
     tta: bool = False,
+    nms: float | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """Detections of every image as :func:`coco_metrics` takes them, and a line for each that could not be read.
 
@@ -198,7 +201,7 @@ def detect_dataset(
 
     was_training = model.training
     present = [label for label, category in enumerate(categories) if category is not None]
-    predictor = Predictor(model, next(model.parameters()).device, dtype, batch_size, classes=present)
+    predictor = Predictor(model, next(model.parameters()).device, dtype, batch_size, classes=present, nms=nms)
     found = predictor.stream(readable_images())
     if tta:
         found = (detect_augmented(model, image, dtype).filter(classes=present) for image in readable_images())

@@ -57,6 +57,8 @@ class SparseRCNNConfig:
         delta_clamp: (lower, upper) bound of dw and dh before exp(); None is no bound.
         pixel_mean, pixel_std: of RGB values in 0..255.
         min_size, max_size: the shorter side and the largest longer side of an image at test time, in pixels.
+        nms: IoU of the class-wise suppression that ``Predictor`` applies where it is told no other, above 0 to 1. None,
+            the paper's way, is none; it is for a model that has seen too few images to leave out duplicates itself.
         class_weight, l1_weight, giou_weight: weights of the losses, and of the same terms of the matching cost.
         focal_alpha, focal_gamma: of the focal loss and the focal matching cost.
         no_object_weight: weight of the "no object" class in the softmax loss (as in DETR).
@@ -90,6 +92,7 @@ class SparseRCNNConfig:
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     min_size: int = 800
     max_size: int = 1333
+    nms: float | None = None
     class_weight: float = 2.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
@@ -109,6 +112,10 @@ class SparseRCNNConfig:
             _check_integer(field, getattr(self, field), minimum=1)
         for field in ("num_cls_layers", "num_reg_layers"):
             _check_integer(field, getattr(self, field), minimum=0)
+        if self.nms is not None:
+            _check_number("nms", self.nms)
+            if not 0 < self.nms <= 1:
+                raise ValueError(f"nms: expected above 0 and at most 1, got {self.nms}")
         if self.frozen_stages is not None:
             _check_integer("frozen_stages", self.frozen_stages, minimum=0)
         if self.hidden_dim % self.num_heads:

@@ -18,11 +18,11 @@ from sparse_rcnn.engine.scoring import METRICS, coco_metrics, pick_scorer
 class Oracle(nn.Module):
     """Says, for every image in turn, the given boxes (in pixels of the file), scores and labels."""
 
-    def __init__(self, answers, class_names, min_size=50, max_size=1000) -> None:
+    def __init__(self, answers, class_names, min_size=50, max_size=1000, nms=None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(
-            class_names=class_names, num_classes=len(class_names or ()), min_size=min_size, max_size=max_size
+            class_names=class_names, num_classes=len(class_names or ()), min_size=min_size, max_size=max_size, nms=nms
         )
         self.answers = iter(answers)
         self.seen = []
@@ -112,6 +112,23 @@ def test_a_false_positive_of_higher_score_halves_precision(write_coco):
     result = evaluate(model, dataset(folder))
     assert result.metrics["AP"] == pytest.approx(0.5)
     assert result.metrics["AR1"] == 0 and result.metrics["AR10"] == pytest.approx(1.0)
+
+
+def test_duplicates_go_by_the_models_own_suppression_or_the_callers(write_coco):
+    things = [annotation(1, 1, [0, 0, 100, 100]), annotation(1, 1, [200, 200, 100, 100], id=2)]
+    folder = write_coco({1: (400, 400)}, {1: "cat"}, things)
+    boxes = [[0, 0, 100, 100], [0, 0, 100, 96], [200, 200, 300, 300]]
+
+    def ap50(own, given):
+        model = Oracle([(boxes, [0.9, 0.8, 0.7], [0, 0, 0], (400, 400))], ("cat",), min_size=400, nms=own)
+        return evaluate(model, dataset(folder), nms=given).metrics["AP50"]
+
+    # With the duplicate precision is 1 at the first object and 2/3 at the second: 51 and 50 of 101 points of recall.
+    with_duplicate = pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert [ap50(None, None), ap50(0.6, 1.0), ap50(0.97, None)] == [with_duplicate] * 3
+    assert [ap50(0.6, None), ap50(None, 0.6), ap50(1.0, 0.6)] == [pytest.approx(1)] * 3
+    with pytest.raises(ValueError, match="nms: expected a number within"):
+        ap50(None, 1.1)
 
 
 def test_a_detection_inside_a_crowd_is_ignored(write_coco):

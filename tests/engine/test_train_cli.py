@@ -277,6 +277,7 @@ def test_a_damaged_checkpoint_is_one_line_and_exits_2(run, tmp_path, capsys):
         (["--data", "absent", "--weights", "w"], "absent"),
         (["--data", "{scenes}", "--weights", "absent"], "absent"),
         (["--data", "{scenes}", "--weights", "w", "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--data", "{scenes}", "--weights", "w", "--nms", "2"], "--nms: expected a number within 0..1, got 2.0"),
         (["--data", "{scenes}", "--weights", "w", "--device", "gpu"], "device: expected one that is here, got 'gpu'"),
     ],
 )

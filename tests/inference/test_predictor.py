@@ -111,6 +111,10 @@ def test_selection(detector, pixels):
     assert scores(classes=[1, "star"]) == [0.8, 0.6]
     assert scores(top_k=1) == [0.9]
     assert scores(nms=0.5) == [0.9, 0.8, 0.6]
+    detector.config = detector.config.replace(nms=0.5)  # the model's own, where the caller says nothing
+    assert scores() == [0.9, 0.8, 0.6]
+    assert scores(nms=1.0) == [0.9, 0.8, 0.6, 0.2]
+    detector.config = detector.config.replace(nms=None)
     # Suppression comes before the k best: the duplicate does not take a place.
     assert scores(nms=0.5, classes=["fish"], top_k=2) == [0.9]
 
