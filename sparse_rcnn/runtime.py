@@ -36,8 +36,8 @@ class Timings:
     """Seconds spent, by phase, summed over ``images``.
 
     ``decode`` includes the reading (and what an iterator over images takes to give the next one); worker processes do
-    it side by side with the rest, and with each other. ``forward`` is the device's, with the preprocessing of an
-    optimized model, and on a CPU with its transfers. Drawing and writing are not in here.
+    it side by side with the rest and with each other, threads with each other. ``forward`` is the device's, with the
+    preprocessing of an optimized model, and on a CPU with its transfers. Drawing and writing are not in here.
     """
 
     images: int = 0
@@ -45,7 +45,7 @@ class Timings:
     preprocess: float = 0.0
     forward: float = 0.0
     postprocess: float = 0.0
-    workers: int = 0  # that shared the decoding
+    readers: int = 1  # processes or threads that shared the decoding
 
     def per_image(self) -> dict[str, float]:
         """Mean milliseconds of each phase, by name."""
@@ -200,7 +200,7 @@ class Predictor:
 
         With a batch size of 1 and no workers an image is asked for when its detections are. Otherwise up to four
         batches' images are held, to find some that are padded alike; and workers are ahead of these by two batches'
-        images, or two a worker if that is more.
+        images, or two a worker if that is more. Without workers the images of a batch are read by threads.
 
         Args:
             sources: images as :meth:`predict` takes them.
@@ -214,7 +214,8 @@ class Predictor:
             workers = min(workers, len(sources) // FILES_PER_WORKER)
         # A GPU has two batches, one to compute and one at hand, unless the next image may depend on the last result.
         depth = 2 if self.device.type == "cuda" and (workers or is_known) else 1
-        self.timings.workers = workers
+        threads = 1 if workers else min(torch.get_num_threads(), self.batch_size)
+        self.timings.readers = workers or threads
 
         def tell(loaded: _Loaded) -> None:
             if on_error is None:
@@ -228,13 +229,13 @@ class Predictor:
             window=4 * self.batch_size,
             depth=depth,
         )
-        yield from pipeline.run(self._load(sources, workers))
+        yield from pipeline.run(self._load(sources, workers, threads))
 
     def throughput(self) -> Throughput:
         """What the decoder and the forward pass would do, each by itself, by ``timings``."""
         seconds = self.timings
         forward = seconds.preprocess + seconds.forward
-        decode = seconds.decode / max(seconds.workers, 1)
+        decode = seconds.decode / seconds.readers
         return Throughput(*(seconds.images / max(phase, 1e-9) for phase in (decode, forward)))
 
     @property
@@ -242,12 +243,13 @@ class Predictor:
         """Images that workers are ahead by."""
         return 2 * max(self.workers, self.batch_size)
 
-    def _load(self, sources: Iterable[Any], workers: int) -> Iterator[_Loaded]:
+    def _load(self, sources: Iterable[Any], workers: int, threads: int) -> Iterator[_Loaded]:
         begun: int | list[Worker] = workers
         if workers and len(self._begun) == workers:
             begun = self._begun[:]
             self._begun.clear()
-        for found in read_images(sources, read_image, begun, self._ahead):
+        ahead = self._ahead if workers else self.batch_size
+        for found in read_images(sources, read_image, begun, ahead, threads):
             self.timings.decode += found.seconds
             size = None
             if found.error is None:

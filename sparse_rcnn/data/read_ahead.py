@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -85,34 +86,35 @@ def read_images(
     read: Callable[[Any], np.ndarray],
     workers: int | Sequence[Worker] = 0,
     ahead: int = 1,
+    threads: int = 1,
 ) -> Iterator[Read]:
     """Read every source, in order.
 
     Args:
-        sources: any iterable; with workers it is asked for at most ``ahead`` sources before the first is taken.
+        sources: any iterable; it is asked for at most ``ahead`` sources before the first is taken.
         read: reads what is no path and no URL, in this process; without workers all of them.
         workers: processes that read paths and URLs, or those of :func:`begin_workers` with this ``ahead``; they end
             with this generator.
         ahead: images at most that are being read or wait to be taken.
+        threads: without workers, threads that call ``read`` for ``ahead`` images side by side, and then wait until
+            all of these are taken: nothing runs beside whoever takes them.
 
     Raises:
         RuntimeError: no worker can be started, as on a system that is not POSIX.
         Exception: of ``read``, unless it is an ImageError, which is handed on in its ``Read``.
     """
-    iterator, waiting = iter(sources), deque()
+    iterator, waiting = _timed(sources), deque()
+    if isinstance(workers, int) and not workers:
+        yield from _read_here(iterator, read, ahead, threads)
+        return
     with contextlib.ExitStack() as stack:
         crew = begin_workers(workers, ahead) if isinstance(workers, int) else workers
         for worker in crew:
             stack.callback(worker.stop)
         turns = itertools.cycle(crew)
         while True:
-            while len(waiting) < (ahead if crew else 1):
-                begin = time.perf_counter()
-                source = next(iterator, _END)
-                came = time.perf_counter() - begin
-                if source is _END:
-                    break
-                worker = next(turns) if crew and isinstance(source, (str, os.PathLike)) else None
+            for source, came in itertools.islice(iterator, ahead - len(waiting)):
+                worker = next(turns) if isinstance(source, (str, os.PathLike)) else None
                 if worker is not None:
                     worker.give(source)
                 waiting.append((source, came, worker))
@@ -120,8 +122,40 @@ def read_images(
                 return
             source, came, worker = waiting.popleft()
             found, seconds = worker.take() if worker is not None else _attempt(read, source)
-            failed = isinstance(found, ImageError)
-            yield Read(source, None if failed else found, found if failed else None, came + seconds)
+            yield _as_read(source, found, came + seconds)
+
+
+def _read_here(
+    iterator: Iterator[tuple[Any, float]], read: Callable[[Any], np.ndarray], ahead: int, threads: int
+) -> Iterator[Read]:
+    if threads == 1:
+        for source, came in iterator:
+            found, seconds = _attempt(read, source)
+            yield _as_read(source, found, came + seconds)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        while taken := list(itertools.islice(iterator, ahead)):
+            reads = [pool.submit(_attempt, read, source) for source, _ in taken]
+            wait(reads)  # a decoder silences the warnings of all threads while it is at work
+            for (source, came), result in zip(taken, reads, strict=True):
+                found, seconds = result.result()
+                yield _as_read(source, found, came + seconds)
+
+
+def _timed(sources: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each with the seconds that it took to come."""
+    iterator = iter(sources)
+    while True:
+        begin = time.perf_counter()
+        source = next(iterator, _END)
+        if source is _END:
+            return
+        yield source, time.perf_counter() - begin
+
+
+def _as_read(source: Any, found: np.ndarray | ImageError, seconds: float) -> Read:
+    failed = isinstance(found, ImageError)
+    return Read(source, None if failed else found, found if failed else None, seconds)
 
 
 def _attempt(read: Callable[[Any], np.ndarray], source: Any) -> tuple[np.ndarray | ImageError, float]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,11 +68,15 @@ def check(found, source, expected=None):
         np.testing.assert_array_equal(found.pixels, read_file(source) if expected is None else expected)
 
 
-@pytest.mark.parametrize(("workers", "ahead"), [(0, 1), (1, 1), (2, 5)])
-def test_all_are_read_in_order(files, workers, ahead):
+@pytest.mark.parametrize(("workers", "ahead", "threads"), [(0, 1, 1), (0, 5, 3), (1, 1, 1), (2, 5, 1)])
+def test_all_are_read_in_order(files, workers, ahead, threads):
     array = np.full((3, 4, 3), 7, np.uint8)  # pixels need no worker
     sources = [*files[:2], array, *files[2:]]
-    results = list(read_images(iter(sources), lambda s: read_file(s) if isinstance(s, str) else s, workers, ahead))
+
+    def read(source):
+        return read_file(source) if isinstance(source, str) else source
+
+    results = list(read_images(iter(sources), read, workers, ahead, threads))
     assert len(results) == len(sources)
     for found, source in zip(results, sources, strict=True):
         check(found, source, array if source is array else None)
@@ -89,8 +94,34 @@ def test_no_more_than_so_many_are_ahead(files, workers):
 
     for taken, found in enumerate(read_images(sources(), read_file, workers, ahead=4)):
         check(found, files[taken % 12])
-        assert pulled <= taken + (4 if workers else 1)
+        assert pulled <= taken + 4
     assert pulled == 24
+
+
+def test_threads_read_side_by_side_and_rest_while_the_images_are_taken(files):
+    both, running = threading.Barrier(2, timeout=60), []
+
+    def read(source):
+        running.append(source)
+        both.wait()  # for another thread that reads
+        return np.zeros((1, 1, 3), np.uint8)
+
+    for taken, found in enumerate(read_images(files, read, ahead=4, threads=2)):
+        assert found.source is files[taken]
+        assert len(running) <= taken // 4 * 4 + 4
+    assert sorted(running) == sorted(files)
+
+
+def test_an_error_of_reading_comes_in_its_turn(files):
+    def read(source):
+        if source == files[2]:
+            raise TypeError("no image")
+        return read_file(source)
+
+    reader = read_images(files, read, ahead=4, threads=2)
+    assert [next(reader).source, next(reader).source] == files[:2]
+    with pytest.raises(TypeError, match="no image"):
+        next(reader)
 
 
 def test_a_killed_worker_is_replaced_and_nothing_lost(files, workers):
