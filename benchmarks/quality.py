@@ -1,23 +1,24 @@
 """Quality on a data set of one's own: this package's detector against torchvision's Faster R-CNN-FPN.
 
     python -m benchmarks.quality train-peer --data DIR --val DIR --output PEER --images N [--time-limit MINUTES]
-    python -m benchmarks.quality table --ours RUN --peer PEER --val DIR [--json FILE] [--curve FILE] [--readme]
+    python -m benchmarks.quality table --ours RUN|FILE --peer PEER --val DIR [--json FILE] [--curve FILE] [--readme]
 
 ``train-peer`` trains the peer (see ``faster_rcnn.py``) on N images, an image counted each time; the same command
-continues a run that was stopped. Ours is the output folder of ``python -m sparse_rcnn.train``. ``table`` scores the
-best model of each on the validation split with pycocotools, and times both in this run.
+continues a run that was stopped. Ours is the output folder of ``python -m sparse_rcnn.train``, or a file of weights
+with the log of all its runs beside it (``NAME.jsonl``, in which ``images`` counts on from run to run). ``table`` scores
+the best model of each on the validation split with pycocotools, and times both in this run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer.add_argument("--log-every", type=int, default=25, help="steps")
     table = commands.add_parser("table", help="compare the two")
     table.set_defaults(run=compare)
-    table.add_argument("--ours", required=True, help="output folder of sparse_rcnn.train")
+    table.add_argument("--ours", required=True, type=Path, help="output folder of sparse_rcnn.train, or weights")
     table.add_argument("--peer", required=True, help="output folder of train-peer")
     table.add_argument("--val", required=True, help="data set to score both on")
     table.add_argument("--json", type=Path, help="write the figures here too")
@@ -103,14 +104,15 @@ def compare(options: argparse.Namespace) -> int:
     """Score and time both, and print the table."""
     torch.set_num_threads(2)
     dataset = open_dataset(options.val, "valid")
-    ours = SparseRCNN.from_pretrained(Path(options.ours) / "best")
+    ours, our_records = load_ours(options.ours)
     peer = load_peer(options.peer, dataset.class_names)
+    peer_records = _with_images(read_records(options.peer), peer_batch_size(options.peer))
     report = {
         "environment": environment(),
         "val": {"images": len(dataset), "boxes": int(dataset.boxes.target.sum())},
         "detectors": {
-            OURS: _measure(ours, dataset, options.ours, our_batch_size(options.ours)),
-            PEER: _measure(peer, dataset, options.peer, peer_batch_size(options.peer)),
+            OURS: _measure(ours, dataset, our_records) | {"nms": ours.config.nms},
+            PEER: _measure(peer, dataset, peer_records) | {"nms": peer.detector.roi_heads.nms_thresh},
         },
     }
     table = quality_table(report)
@@ -125,25 +127,28 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def our_batch_size(run: str | Path) -> int:
-    """Images a step of a run of ``sparse_rcnn.train``."""
-    return load_checkpoint(Path(run) / "last.pt")["train_config"]["batch_size"]
+def load_ours(path: Path) -> tuple[SparseRCNN, list[dict[str, Any]]]:
+    """The best model of a run of ``sparse_rcnn.train``, or that of a file; and the log, each record with ``images``."""
+    if path.is_dir():
+        batch_size = load_checkpoint(path / "last.pt")["train_config"]["batch_size"]
+        return SparseRCNN.from_pretrained(path / "best"), _with_images(read_records(path), batch_size)
+    lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+    return SparseRCNN.from_pretrained(path), [json.loads(line) for line in lines]
 
 
-def _measure(model: nn.Module, dataset: DetectionDataset, run: str, batch_size: int) -> dict[str, Any]:
+def _with_images(records: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+    return [{**record, "images": record["step"] * batch_size} for record in records]
+
+
+def _measure(model: nn.Module, dataset: DetectionDataset, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result = evaluate(model, dataset, scorer="pycocotools", progress=True)
-    records = read_records(run)
-    speeds = [record["images_per_second"] for record in records if record["kind"] == "train"]
-    curve = [
-        [record["step"] * batch_size, record["AP"], record["AP50"]] for record in records if record["kind"] == "val"
-    ]
+    curve = [[record["images"], record["AP"], record["AP50"]] for record in records if record["kind"] == "val"]
     return {
         "metrics": result.metrics,
         "per_class": result.per_class,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained_images": max((record["step"] for record in records), default=0) * batch_size,
+        "trained_images": max((record["images"] for record in records), default=0),
         "images_per_second": _speed(model, dataset),
-        "training_images_per_second": float(np.median(speeds)) if speeds else None,
         "curve": curve,
     }
 
@@ -171,6 +176,7 @@ def quality_table(report: Mapping[str, Any]) -> str:
             for each in detectors.values()
         ]
         rows.append((f"{name}: AP / AP50", cells))
+    rows.append(("suppression of duplicates at IoU", [str(each["nms"] or "none") for each in detectors.values()]))
     rows.append(("images trained on", [f"{each['trained_images']:,}" for each in detectors.values()]))
     rows.append(("parameters", [f"{each['parameters'] / 1e6:.1f} M" for each in detectors.values()]))
     slowest = min(each["images_per_second"] for each in detectors.values())
@@ -178,7 +184,7 @@ def quality_table(report: Mapping[str, Any]) -> str:
     lines = [f"| | {' | '.join(detectors)} |", "|---|" + "---|" * len(detectors)]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
     val = report["val"]
-    command = f"python -m benchmarks.quality table --ours RUN --peer PEER --val DIR --json {FIGURES} --readme"
+    command = f"python -m benchmarks.quality table --ours FILE --peer PEER --val DIR --json {FIGURES} --readme"
     note = made_by(report["environment"], command)
     note[0] = f"{val['images']} validation images with {val['boxes']} boxes, scored by pycocotools. {note[0]}"
     return "\n".join([*lines, "", *note])

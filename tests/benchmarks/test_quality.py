@@ -12,7 +12,7 @@ from benchmarks.faster_rcnn import FasterRCNNPeer, PeerTrainer, lr_factor
 from sparse_rcnn import train
 from sparse_rcnn.data import synthetic
 from sparse_rcnn.engine.charts import LEFT, RIGHT, WIDTH
-from sparse_rcnn.models import SparseRCNNConfig
+from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 
 SETTINGS = {
     **{"images": 8, "batch_size": 2, "lr": 1e-3, "optimizer": "sgd", "channels": 8, "augment": "paper", "seed": 3},
@@ -123,24 +123,34 @@ def test_the_table_is_of_both_runs(whole, scenes, tmp_path, capsys, monkeypatch)
     assert [point[0] for point in peer["curve"]] == [4, 8] and [point[0] for point in ours["curve"]] == [3]
     best = max(record["AP"] for record in records_of(whole.output) if record["kind"] == "val")
     assert peer["metrics"]["AP"] == pytest.approx(best, abs=1e-6)  # of the model that was kept, by the other scorer
-    assert quality.quality_table(report) in printed and "<svg" in files["curve"].read_text(encoding="utf-8")
+    assert quality.quality_table(report) in printed
+    # A file with its log beside it is the same.
+    SparseRCNN.from_pretrained(tmp_path / "ours" / "best").save_pretrained(tmp_path / "shipped")
+    (tmp_path / "shipped" / "model.jsonl").write_text('{"kind": "val", "images": 70, "AP": 0.1, "AP50": 0.2}\n')
+    arguments[1] = str(tmp_path / "shipped" / "model.safetensors")
+    assert quality.main(["table", *arguments, *flags]) == 0
+    again = json.loads(files["json"].read_text(encoding="utf-8"))["detectors"]["Sparse R-CNN"]
+    assert again["metrics"] == ours["metrics"] and again["curve"] == [[70, 0.1, 0.2]]
+    assert again["trained_images"] == 70
+    assert "<svg" in files["curve"].read_text(encoding="utf-8")
 
 
 def test_the_table_and_the_curves_of_known_figures():
-    def figures(ap, speed, images):
+    def figures(ap, speed, images, nms=None):
         metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap, "APs": -1.0, "APm": 0.1, "APl": 0.2}
         curve = [[images // 2, 0.0, ap], [images, ap, 2 * ap]]
         classes = {"fish": {"AP": ap, "AP50": -1.0}}
         costs = {"parameters": 8_700_000, "trained_images": images, "images_per_second": speed}
-        return {"metrics": metrics, "per_class": classes, "curve": curve, **costs}
+        return {"metrics": metrics, "per_class": classes, "curve": curve, "nms": nms, **costs}
 
     env = {"commit": "0123456789", "dirty": False, "torch": "2.99", "processor": "A", "isa": "B", "threads": 2}
-    detectors = {"Sparse R-CNN": figures(0.31, 30.0, 48000), "Faster R-CNN-FPN": figures(0.3, 20.0, 24000)}
+    detectors = {"Sparse R-CNN": figures(0.31, 30.0, 48000), "Faster R-CNN-FPN": figures(0.3, 20.0, 24000, 0.5)}
     report = {"detectors": detectors, "val": {"images": 127, "boxes": 909}, "environment": env}
     lines = quality.quality_table(report).splitlines()
     assert lines[:3] == ["| | Sparse R-CNN | Faster R-CNN-FPN |", "|---|---|---|", "| AP | 0.310 | 0.300 |"]
     for line in (
         *("| AP50 | 0.620 | 0.600 |", "| AP of small objects | – | – |", "| fish: AP / AP50 | 0.310 / – | 0.300 / – |"),
+        "| suppression of duplicates at IoU | none | 0.5 |",
         *("| images trained on | 48,000 | 24,000 |", "| speed of inference | 1.50x | 1.00x |"),
     ):
         assert line in lines
