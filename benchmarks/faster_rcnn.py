@@ -2,8 +2,8 @@
 
 Everything outside the detector is this package's own: the ImageNet weights of the backbone and its frozen BatchNorm,
 the images, their augmentation and order, resizing, and the evaluator. The detector has torchvision's defaults, but for
-what its images of 320 pixels ask, anchors of 16 to 256 pixels instead of 32 to 512 and half as many regions, and for a
-pyramid of 128 channels, with which it has about the size of ours and takes about as long to train.
+what its images, smaller than 800 pixels, ask: anchors smaller in proportion and half as many regions; and for a pyramid
+of 128 channels, with which it has about the size of ours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sparse_rcnn.models.backbone import BackboneWithFPN, load_backbone_weights
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.weights.atomic import atomic_write
 
-_ANCHORS = tuple((size,) for size in (16, 32, 64, 128, 256))
+_ANCHORS, _ANCHORS_AT = (32, 64, 128, 256, 512), 800  # pixels, where the shorter side has 800
 _SCORE_THRESHOLD = 0.01  # torchvision's 0.05 hides detections that AP counts
 _WARMUP_STEPS, _WARMUP_FACTOR, _MOMENTUM, _CLIP_NORM = 500, 0.01, 0.9, 10.0
 _LAST, _BEST = "peer.pt", "peer_best.pt"
@@ -45,7 +45,7 @@ class FasterRCNNPeer(nn.Module):
     """torchvision's Faster R-CNN-FPN behind the contract that the evaluator knows ``SparseRCNN`` by.
 
     Args:
-        config: classes, test size, pixel statistics and backbone are taken from it.
+        config: classes, test size, pixel statistics, backbone and its frozen stages are taken from it.
         channels: of the FPN.
     """
 
@@ -54,10 +54,11 @@ class FasterRCNNPeer(nn.Module):
         self.config = config
         std = [value / 255 for value in config.pixel_std]
         mean = [value / 255 for value in config.pixel_mean]
+        anchors = tuple((round(size * config.min_size / _ANCHORS_AT),) for size in _ANCHORS)
         self.detector = FasterRCNN(
-            _Pyramid(config.backbone, channels),
+            _Pyramid(config, channels),
             config.num_classes + 1,  # the first is the background
-            rpn_anchor_generator=AnchorGenerator(_ANCHORS, ((0.5, 1.0, 2.0),) * len(_ANCHORS)),
+            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
             rpn_pre_nms_top_n_train=1000,
             rpn_post_nms_top_n_train=1000,
             rpn_pre_nms_top_n_test=1000,
@@ -80,9 +81,9 @@ class FasterRCNNPeer(nn.Module):
 class _Pyramid(nn.Module):
     """Our backbone with the coarser fifth level that torchvision's RPN has."""
 
-    def __init__(self, name: str, channels: int) -> None:
+    def __init__(self, config: SparseRCNNConfig, channels: int) -> None:
         super().__init__()
-        self.levels = BackboneWithFPN(name, channels)
+        self.levels = BackboneWithFPN(config.backbone, channels, config.frozen_stages)
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -109,8 +110,8 @@ class PeerTrainer:
         data, val: data sets as ``sparse_rcnn.train`` takes them.
         output: folder.
         settings: ``images``, ``batch_size``, ``lr``, ``optimizer``, ``channels``, ``augment``, ``group_shapes``,
-            ``min_size``, ``max_size``, ``train_min_sizes``, ``train_max_size``, ``seed``; of a run that continues,
-            those of its checkpoint are taken.
+            ``frozen_stages``, ``min_size``, ``max_size``, ``train_min_sizes``, ``train_max_size``, ``seed``; of a run
+            that continues, those of its checkpoint are taken.
         cache_mb: as of ``sparse_rcnn.train``.
     """
 
@@ -220,9 +221,9 @@ def lr_factor(step: int, steps: int) -> float:
 
 def build_peer(settings: dict[str, Any], class_names: Sequence[str]) -> FasterRCNNPeer:
     """The model of a run's settings, with random weights."""
-    sizes = {"min_size": settings["min_size"], "max_size": settings["max_size"]}
+    taken = {name: settings[name] for name in ("min_size", "max_size", "frozen_stages")}
     classes = {"num_classes": len(class_names), "class_names": tuple(class_names)}
-    peer = FasterRCNNPeer(SparseRCNNConfig.preset("small", **sizes, **classes), settings["channels"])
+    peer = FasterRCNNPeer(SparseRCNNConfig.preset("small", **taken, **classes), settings["channels"])
     return peer.to(memory_format=torch.channels_last)
 
 

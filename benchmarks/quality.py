@@ -38,9 +38,6 @@ from sparse_rcnn.weights.atomic import atomic_write
 FIGURES = "benchmarks/results/quality_cpu.json"
 OURS, PEER = "Sparse R-CNN", "Faster R-CNN-FPN"
 _WARM_UP, _TIMED_IMAGES = 3, 30
-# Those of sparse_rcnn.train: shorter sides from 0.6 to 1 of the test size.
-_MIN_SIZE, _MAX_SIZE = 320, 448
-_TRAIN_MIN_SIZES = [round(size * _MIN_SIZE / 800) for size in range(480, 801, 32)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,8 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     peer.add_argument("--lr", type=float, default=0.01)
     peer.add_argument("--channels", type=int, default=128, help="of the FPN (default 128)")
     peer.add_argument("--augment", choices=("paper", "small"), default="paper", help="as of sparse_rcnn.train")
-    peer.add_argument("--min-sizes", type=int, nargs="+", default=_TRAIN_MIN_SIZES, help="as of sparse_rcnn.train")
-    peer.add_argument("--max-size", type=int, default=_MAX_SIZE, help="as of sparse_rcnn.train")
+    peer.add_argument("--min-sizes", type=int, nargs="+", required=True, help="as of sparse_rcnn.train")
+    peer.add_argument("--max-size", type=int, required=True, help="as of sparse_rcnn.train")
+    peer.add_argument("--test-size", type=int, nargs=2, required=True, help="shorter and longest side")
+    peer.add_argument("--frozen-stages", type=int, default=0, help="of the backbone, as of the configuration")
     peer.add_argument("--group-shapes", action="store_true", help="as of sparse_rcnn.train")
     peer.add_argument("--cache-mb", type=int, default=0, help="as of sparse_rcnn.train")
     peer.add_argument("--seed", type=int, default=0)
@@ -86,12 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train_peer(options: argparse.Namespace) -> int:
     """Train until all images were seen or the time is over."""
-    torch.set_num_threads(2)
     settings = {name: getattr(options, name) for name in ("images", "batch_size", "lr", "optimizer", "channels")}
-    settings |= {name: getattr(options, name) for name in ("augment", "group_shapes", "seed")}
+    settings |= {name: getattr(options, name) for name in ("augment", "group_shapes", "seed", "frozen_stages")}
     settings |= {
-        "min_size": _MIN_SIZE,
-        "max_size": _MAX_SIZE,
+        "min_size": options.test_size[0],
+        "max_size": options.test_size[1],
         "train_min_sizes": options.min_sizes,
         "train_max_size": options.max_size,
     }

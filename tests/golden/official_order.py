@@ -2,7 +2,9 @@
 
 AdamW's first steps are nearly the signs of the gradients: one rounding more or less grows to 1e-3 of the loss within
 three steps. With every operation in the official order, here in PyTorch's and torchvision's own operators, not even
-that remains. The operators of this package are tested against the same figures elsewhere, to rounding.
+that remains. Exact arithmetic is no nearer: in float64 the three totals after the first are 1.4e-4, 4.2e-3 and 1.9e-3
+from the official float32 figures, in this order and in the package's own alike. The operators of this package are
+tested against the same figures elsewhere, to rounding, and against this order over the same steps in float64.
 """
 
 from __future__ import annotations

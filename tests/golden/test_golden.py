@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -103,11 +105,15 @@ def _losses_and_norms(model, images, targets, official_keys):
 @pytest.fixture
 def in_official_order(golden_model, monkeypatch):
     """The detector with every operation in the official order, see ``official_order.py``."""
+    return _in_official_order(golden_model, monkeypatch)
+
+
+def _in_official_order(model, monkeypatch):
     monkeypatch.setattr(backbone, "_normalized", lambda conv, norm, x: norm(conv(x)))
     monkeypatch.setattr(Linear, "forward", torch.nn.Linear.forward)
     monkeypatch.setattr(Stage, "forward", official_order.stage_forward)
-    golden_model.criterion = official_order.Criterion(golden_model.criterion.matcher)
-    return golden_model
+    model.criterion = official_order.Criterion(model.criterion.matcher)
+    return model
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c", "d"])
@@ -119,39 +125,73 @@ def test_gradients_in_official_order(in_official_order, golden_images, golden_tr
 
 
 @pytest.fixture
-def golden_trainer(golden_model, golden_training, scenes_of_80, tmp_path, monkeypatch):
-    """The trainer at the first step of the golden recipe."""
+def golden_trainer(golden_training, scenes_of_80, tmp_path, monkeypatch):
+    """Makes the trainer of a model, at the first step of the golden recipe."""
     recipe = golden_training["adamw_3_steps"]
-    monkeypatch.setattr(trainer_module, "build_model", lambda config, names: (golden_model, []))
-    options = {"lr": recipe["lr"], "weight_decay": recipe["weight_decay"], "clip_norm": recipe["clip_full_model_norm"]}
-    paths = {"data": str(scenes_of_80), "output": str(tmp_path / "run")}
-    return Trainer(TrainConfig(**paths, **options, steps=len(recipe["history"]), warmup_steps=0, device="cpu"))
+
+    def make(model):
+        monkeypatch.setattr(trainer_module, "build_model", lambda config, names: (model, []))
+        options = {
+            "lr": recipe["lr"],
+            "weight_decay": recipe["weight_decay"],
+            "clip_norm": recipe["clip_full_model_norm"],
+        }
+        paths = {"data": str(scenes_of_80), "output": str(tmp_path / "run")}
+        return Trainer(TrainConfig(**paths, **options, steps=len(recipe["history"]), warmup_steps=0, device="cpu"))
+
+    return make
 
 
-def test_three_adamw_steps(in_official_order, golden_trainer, golden_images, golden_training, fill, official_keys):
+@pytest.fixture
+def golden_targets(golden_training, fill):
+    """Those of the golden steps."""
+    return [{**target, "image_id": 1} for target in _targets(fill, golden_training["a"]["counts"])]
+
+
+def _steps(trainer, images, targets):
+    """What the golden recipe's steps report."""
+    for _ in range(trainer.config.steps):
+        trainer.train_step(images, targets)
+    return list(trainer.reports.take(wait=True))
+
+
+def test_three_adamw_steps(
+    in_official_order, golden_trainer, golden_images, golden_targets, golden_training, official_keys
+):
     """Through the training loop's step, with everything in the official order of operations."""
-    model, step = golden_trainer.model, golden_trainer.plain_step
-    groups = parameter_groups(model, golden_trainer.config.lr, weight_decay=golden_trainer.config.weight_decay)
-    golden_trainer.optimizer = step.optimizer = torch.optim.AdamW(groups)  # the fused one rounds differently
+    trainer = golden_trainer(in_official_order)
+    model, step = trainer.model, trainer.plain_step
+    groups = parameter_groups(model, trainer.config.lr, weight_decay=trainer.config.weight_decay)
+    trainer.optimizer = step.optimizer = torch.optim.AdamW(groups)  # the fused one rounds differently
     model.to(memory_format=torch.contiguous_format)
     names = {parameter: official_keys[name] for name, parameter in model.named_parameters()}
     step.parameters.sort(key=lambda parameter: official_order.parameter_order(names[parameter]))
-    targets = [{**target, "image_id": 1} for target in _targets(fill, golden_training["a"]["counts"])]
     # The first call of the compiled focal loss is another than those that follow.
-    sum(model(golden_images, targets).values()).backward()
+    sum(model(golden_images, golden_targets).values()).backward()
     norms = {names[parameter]: parameter.grad.double().norm().item() for parameter in step.parameters}
     official = golden_training["a"]["grad_norms"]
     assert norms == pytest.approx(official, rel=3e-3)
-    golden_trainer.optimizer.zero_grad()
-    history = golden_training["adamw_3_steps"]["history"]
-    for _ in history:
-        golden_trainer.train_step(golden_images, targets)
-    reports = list(golden_trainer.reports.take(wait=True))
+    trainer.optimizer.zero_grad()
+    reports = _steps(trainer, golden_images, golden_targets)
     # Where another processor or another PyTorch rounds otherwise, the runs part by this much.
     same_order = norms == pytest.approx(official, rel=1e-9)
     limits = (1e-6,) * 4 if same_order else (1e-6, 3e-3, 2e-2, 5e-2)
-    for report, expected, limit in zip(reports, history, limits, strict=True):
+    for report, expected, limit in zip(reports, golden_training["adamw_3_steps"]["history"], limits, strict=True):
         assert sum(report.losses.values()) == pytest.approx(expected["total"], rel=limit)
         if "grad_norm_before_clip" in expected:
             allowed = 10 * limit if same_order else max(3e-3, 10 * limit)
             assert report.grad_norm == pytest.approx(expected["grad_norm_before_clip"], rel=allowed)
+
+
+def test_three_adamw_steps_in_float64(golden_model, golden_trainer, golden_images, golden_targets, monkeypatch):
+    """The package as it is, kernels, folded BatchNorm and fused AdamW, makes the steps of the official order."""
+    images, targets = golden_images[:1], golden_targets[:1]  # one of the two, for time
+    golden_model.double()
+    plain = copy.deepcopy(golden_model)
+    own = _steps(golden_trainer(golden_model), images, targets)
+    official = _steps(golden_trainer(_in_official_order(plain, monkeypatch)), images, targets)
+    # The class loss is of float32 in a float64 model too, as the official one.
+    for report, expected in zip(own, official, strict=True):
+        assert report.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert sum(report.losses.values()) == pytest.approx(sum(expected.losses.values()), rel=1e-6)
+        assert report.grad_norm == pytest.approx(expected.grad_norm, rel=3e-4)
