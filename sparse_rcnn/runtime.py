@@ -28,6 +28,8 @@ from sparse_rcnn.models import SparseRCNN
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Files that a worker must have to read to be worth its start, which takes as long as reading some large photographs.
 FILES_PER_WORKER = 16
+# Batches whose images are held at a time, to find some that are padded alike.
+_HELD_BATCHES = 4
 OnError = Callable[[Any, ImageError], None]
 
 
@@ -226,7 +228,7 @@ class Predictor:
             lambda batch: self._submit(batch, return_stages, keep_images),
             tell,
             self.batch_size,
-            window=4 * self.batch_size,
+            window=_HELD_BATCHES * self.batch_size,
             depth=depth,
         )
         yield from pipeline.run(self._load(sources, workers, threads))
@@ -248,7 +250,7 @@ class Predictor:
         if workers and len(self._begun) == workers:
             begun = self._begun[:]
             self._begun.clear()
-        ahead = self._ahead if workers else self.batch_size
+        ahead = self._ahead if workers else _HELD_BATCHES * self.batch_size
         for found in read_images(sources, read_image, begun, ahead, threads):
             self.timings.decode += found.seconds
             size = None
@@ -330,21 +332,23 @@ class Predictor:
     ) -> Detections:
         """Official post-processing of scaled boxes: clip to the image, drop empty ones; then the user's selection."""
         size, network = loaded.image.shape[:2], loaded.size
-        boxes = result["boxes"]
-        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0]] * 2))
+        result = {
+            name: (values.float() if values.is_floating_point() else values).numpy() for name, values in result.items()
+        }
+        boxes = result["boxes"].clip(0, np.array([size[1], size[0]] * 2, np.float32))
         full = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         fields: dict[str, Any] = {}
         if stages is not None:
             fields = {
-                "proposal_index": result["proposals"][full].numpy(),
+                "proposal_index": result["proposals"][full],
                 "proposal_boxes": to_original(stages.proposal_boxes, network, size).numpy(),
                 "stage_boxes": to_original(stages.boxes, network, size).numpy(),
                 "stage_scores": stages.scores.amax(-1).numpy(),
             }
         found = Detections(
-            boxes=boxes[full].numpy(),
-            scores=result["scores"].float()[full].numpy(),
-            labels=result["labels"][full].numpy(),
+            boxes=boxes[full],
+            scores=result["scores"][full],
+            labels=result["labels"][full],
             class_names=self.class_names,
             image_size=size,
             source=os.fspath(loaded.source) if isinstance(loaded.source, (str, os.PathLike)) else None,

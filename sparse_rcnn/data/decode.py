@@ -159,7 +159,7 @@ def _pixels(image: Image.Image, max_pixels: int | None, apply_exif: bool) -> np.
     turn = _UPRIGHT.get(_orientation(image)) if apply_exif else None
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_grey_to_8_bits(np.asarray(image)))
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     return np.array(image if turn is None else image.transpose(turn))
 
 
