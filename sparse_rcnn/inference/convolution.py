@@ -90,15 +90,20 @@ class FusedConv2d(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.detach().to(device, dtype))
         self.onednn = device.type == "cpu" and has_onednn(dtype)
+        # With a row and a column of zeros before it, a kernel needs the same padding on both sides where it needed one
+        # more at the end: no padded copy of the map. Only a depthwise one costs less than the copy.
+        depthwise = self.same and self.groups == conv.in_channels > 1 and self.dilation == [1, 1]
+        wider = F.pad(weight, (1, 0, 1, 0)) if self.onednn and depthwise else None
+        self.register_buffer("wider", None if wider is None else wider.clone(memory_format=torch.channels_last))
         self.cudnn = device.type == "cuda" and torch.backends.cudnn.is_available() and self.bias is not None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, Ci, H, W] and residual of the result's shape, or None: [B, Co, H', W']."""
-        padding = self.padding
+        weight, padding = self.weight, self.padding
         if self.same:
-            x, padding = self._pad_as_tensorflow(x)
+            x, weight, padding = self._pad_as_tensorflow(x)
         if self.onednn:
-            return self._onednn(x, residual, padding)
+            return self._onednn(x, weight, residual, padding)
         if self.cudnn and self.activation is not None and self.activation.name == "relu":
             try:
                 return self._cudnn(x, residual, padding)
@@ -106,7 +111,7 @@ class FusedConv2d(nn.Module):
                 raise
             except RuntimeError:  # no engine for this geometry or type, which the first call tells
                 self.cudnn = False
-        x = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        x = F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
         if residual is not None:
             x = x.add_(residual)
         return x if self.activation is None else self.activation.module(x)
@@ -117,27 +122,25 @@ class FusedConv2d(nn.Module):
             return torch.cudnn_convolution_relu(x, self.weight, *geometry)
         return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, *geometry)
 
-    def _onednn(self, x: Tensor, residual: Tensor | None, padding: list[int]) -> Tensor:
+    def _onednn(self, x: Tensor, weight: Tensor, residual: Tensor | None, padding: list[int]) -> Tensor:
         geometry = (padding, self.stride, self.dilation, self.groups)
         act = self.activation
         if residual is None:
             name, scalars, algorithm = (
                 ("none", [], None) if act is None else (act.name, list(act.scalars), act.algorithm)
             )
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.weight, self.bias, *geometry, name, scalars, algorithm
-            )
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, name, scalars, algorithm)
         relu = None if act is None else act.name  # a ReLU: nothing else is fused behind a sum
         if self.overwrite:
             return torch.ops.mkldnn._convolution_pointwise_.binary(
-                residual, x, self.weight, self.bias, *geometry, "add", 1.0, relu, [], None
+                residual, x, weight, self.bias, *geometry, "add", 1.0, relu, [], None
             )
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, self.weight, self.bias, *geometry, "add", 1.0, relu, [], None
+            x, residual, weight, self.bias, *geometry, "add", 1.0, relu, [], None
         )
 
-    def _pad_as_tensorflow(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """``x`` so padded that the result has ceil(size / stride) rows and columns, the odd one at the end."""
+    def _pad_as_tensorflow(self, x: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """``x``, the weights and the padding that give ceil(size / stride) rows and columns, the odd one at the end."""
         totals = [
             max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
             for size, stride, kernel, dilation in zip(
@@ -145,6 +148,8 @@ class FusedConv2d(nn.Module):
             )
         ]
         if all(total % 2 == 0 for total in totals):
-            return x, [total // 2 for total in totals]
+            return x, self.weight, [total // 2 for total in totals]
+        if self.wider is not None and all(total % 2 for total in totals):
+            return x, self.wider, [total // 2 + 1 for total in totals]
         (top, left), (height, width) = (total // 2 for total in totals), totals
-        return F.pad(x, (left, width - left, top, height - top)), [0, 0]
+        return F.pad(x, (left, width - left, top, height - top)), self.weight, [0, 0]

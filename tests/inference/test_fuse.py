@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from sparse_rcnn.inference.convolution import Activation, FusedConv2d, fold_norm
 from sparse_rcnn.inference.fuse import fuse
 from sparse_rcnn.models.backbone import BackboneWithFPN
-from sparse_rcnn.onednn import linear
+from sparse_rcnn.onednn import has_onednn, linear
 
 CPU = torch.device("cpu")
 
@@ -213,13 +213,27 @@ def test_convolutions_that_pad_otherwise_are_left():
 
 @pytest.mark.parametrize("size", [(9, 12), (8, 8), (7, 30), (1, 2)], ids=str)
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 2), (2, 2, 1), (1, 2, 1)])
-def test_padding_of_tensorflow(size, kernel, stride, dilation):
+@pytest.mark.parametrize("groups", [1, 4])
+def test_padding_of_tensorflow(size, kernel, stride, dilation, groups):
     layers = pytest.importorskip("timm.layers")
-    same = fill(layers.Conv2dSame(4, 6, kernel, stride=stride, dilation=dilation))
+    same = fill(layers.Conv2dSame(4, 8, kernel, stride=stride, dilation=dilation, groups=groups))
     fused = FusedConv2d(same, None, CPU, torch.float32)
     x = torch.randn(2, 4, *size).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         torch.testing.assert_close(fused(x), same(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_onednn(torch.float32), reason="oneDNN's fused convolutions are not in this build")
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_even_maps_are_not_copied_for_depthwise_padding(kernel, monkeypatch):
+    layers = pytest.importorskip("timm.layers")
+    same = fill(layers.Conv2dSame(4, 4, kernel, stride=2, groups=4))
+    fused = FusedConv2d(same, None, CPU, torch.float32)
+    x = torch.randn(2, 4, 8, 12).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = same(x)
+        monkeypatch.setattr(F, "pad", None)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
