@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks
-from benchmarks.environment import ROOT, write_json
+from benchmarks.environment import ROOT, write_sections
 from benchmarks.harness import build_parser
 from benchmarks.report import readme_table, update_readme
 from sparse_rcnn import ops
@@ -69,7 +69,7 @@ def run_all(names: Sequence[str], flags: Sequence[str], target: Path | None) -> 
                 merged["environment"] = merged["environment"] or report["environment"]
                 merged["operators"] |= report["operators"]
             if target:
-                write_json(target, merged)
+                write_sections(target, **merged)
     return merged["failed"]
 
 

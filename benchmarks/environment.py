@@ -61,6 +61,13 @@ def write_json(path: str | os.PathLike[str], report: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
+def write_sections(path: str | os.PathLike[str], **sections: Any) -> None:
+    """Write these entries of a JSON file of figures, and leave its others as they are."""
+    path = Path(path)
+    others = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**others, **sections})
+
+
 def _revision() -> tuple[str | None, bool | None]:
     """The commit, and whether the tree differs from it in more than figures; (None, None) outside a repository.
 

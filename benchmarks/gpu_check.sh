@@ -17,7 +17,7 @@ TOTAL=${TOTAL:-530} # seconds
 SECONDS=0
 FAILED=()
 export PYTHON OUT PYTHONUNBUFFERED=1
-rm -f "$OUT"/{build,tests,sanitizer,benchmarks}.log "$OUT"/{doctor,cuda,cuda_compiled,model_cuda,model_cuda_compiled,compression}.json \
+rm -f "$OUT"/{build,tests,sanitizer,benchmarks}.log "$OUT"/{doctor,cuda,cuda_compiled,compression}.json \
   "$OUT/model_cuda.svg" "$SUMMARY"
 PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer, where only nvcc is on the PATH
 
@@ -100,7 +100,7 @@ main() {
     step doctor 40 tests.log doctor
     step "GPU tests" 100 tests.log "$PYTHON" -m pytest tests/gpu -q -rs
     step "whole image" 130 benchmarks.log "$PYTHON" -m benchmarks.model --device cuda --runs 3 \
-      --json "$OUT/model_cuda.json" --picture "$OUT/model_cuda.svg"
+      --json "$OUT/cuda.json" --picture "$OUT/model_cuda.svg"
     step operators 120 benchmarks.log "$PYTHON" -m benchmarks --device cuda --quick --json "$OUT/cuda.json"
     step compression 30 benchmarks.log "$PYTHON" -m benchmarks.compression --device cuda --json "$OUT/compression.json"
     step pipeline 45 benchmarks.log "$PYTHON" -m benchmarks.pipeline --device cuda --batch-size 16 --workers 8 --rounds 3 \
@@ -109,7 +109,7 @@ main() {
       --json "$OUT/train_step_cuda.json"
     sanitizers
     step "whole image, torch.compile" 200 benchmarks.log "$PYTHON" -m benchmarks.model --device cuda --runs 3 \
-      --batches 1 --compile --json "$OUT/model_cuda_compiled.json"
+      --batches 1 --compile --json "$OUT/cuda_compiled.json"
     step "operators, torch.compile" 100 benchmarks.log "$PYTHON" -m benchmarks --device cuda --dtype bfloat16 \
       --compile --quick --json "$OUT/cuda_compiled.json"
     step "operator tests" 50 tests.log "$PYTHON" -m pytest tests/ops -q -k native

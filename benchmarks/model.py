@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks import model_worker
-from benchmarks.environment import ROOT, environment, write_json
+from benchmarks.environment import ROOT, environment, write_sections
 from benchmarks.measure import quantiles
 from benchmarks.measured_process import MeasuredProcess, start
 from benchmarks.picture import draw
@@ -38,7 +38,7 @@ from benchmarks.report import COMMAND_MODEL, MODEL, model_table, update_readme
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.models.config import PRESETS
 
-FIGURES = ROOT / "benchmarks" / "results" / "model_cpu.json"
+FIGURES = ROOT / "benchmarks" / "results" / "cpu.json"
 REFERENCE = "reference"
 OTHERS = (model_worker.KEPT, model_worker.AUTOCAST)  # that ratios are given to as well
 EXACT = (model_worker.KEPT, "native kernels", "optimized, float32")  # the others are held to the error of bfloat16
@@ -59,14 +59,14 @@ def main() -> int:
         report = measure(options.preset, options.device, tuple(options.size), batches, options.runs, names)
         print("\n".join(terminal_table(report)))
         if options.json:
-            write_json(options.json, report)
+            write_sections(options.json, model=report)
         if options.picture and report["passed"]:
             options.picture.write_text(draw(report))
         if not report["passed"]:
             print("the gate is red, see above", file=sys.stderr)
             return 1
     if options.readme:
-        report = report or json.loads(FIGURES.read_text())
+        report = report or json.loads(FIGURES.read_text())["model"]
         update_readme(ROOT / "README.md", model_table(report), MODEL)
     return 0
 
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="against torch.compile(mode='max-autotune') too")
     parser.add_argument("--picture", type=Path, help="draw where the time goes here")
     parser.add_argument("--runs", type=int, default=5, help="timed rounds after one to warm up (default 5)")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="write the figures here too, as the entry `model`")
     parser.add_argument("--readme", action="store_true", help=f"put the table into README.md ({COMMAND_MODEL})")
     return parser
 

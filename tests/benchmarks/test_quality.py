@@ -16,7 +16,14 @@ from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
 
 SETTINGS = {
     **{"images": 8, "batch_size": 2, "lr": 1e-3, "optimizer": "sgd", "channels": 8, "augment": "paper", "seed": 3},
-    **{"group_shapes": True, "min_size": 64, "max_size": 96, "train_min_sizes": [48, 64], "train_max_size": 96},
+    **{
+        "group_shapes": True,
+        "frozen_stages": 0,
+        "min_size": 64,
+        "max_size": 96,
+        "train_min_sizes": [48, 64],
+        "train_max_size": 96,
+    },
 }
 
 

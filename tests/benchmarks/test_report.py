@@ -11,11 +11,10 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import environment as environment_module
-from benchmarks.environment import ROOT, environment, last_level_cache, write_json
+from benchmarks.environment import ROOT, environment, last_level_cache, write_json, write_sections
 from benchmarks.report import MODEL, model_table, print_case, readme_table, table_in, update_readme
 
 FIGURES = ROOT / "benchmarks" / "results" / "cpu.json"
-MODEL_FIGURES = FIGURES.with_name("model_cpu.json")
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 MADE_WITH = {
     **{"commit": "0123456789abcdef", "dirty": False, "torch": "2.99.0"},
@@ -114,11 +113,11 @@ def test_table_of_the_model():
     assert (
         empty == "" and machine.startswith("Preset `r50_300`, one image of 800x1333,") and "commit 0123456" in machine
     )
-    assert made_by == "`python -m benchmarks.model --json benchmarks/results/model_cpu.json --readme`."
+    assert made_by == "`python -m benchmarks.model --json benchmarks/results/cpu.json --readme`."
 
 
 def test_the_models_table_of_the_readme_is_that_of_the_committed_figures():
-    report = json.loads(MODEL_FIGURES.read_text())
+    report = json.loads(FIGURES.read_text())["model"]
     assert report["passed"] and all(row["passed"] for row in report["gate"].values())
     expected = model_table(report)
     assert table_in(ROOT / "README.md", MODEL) == expected, "run `python -m benchmarks.model --readme`"
@@ -162,6 +161,14 @@ def repository(tmp_path, monkeypatch):
         subprocess.run([*git, *arguments], check=True)
     monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     return tmp_path
+
+
+def test_sections_leave_the_others_of_their_file(tmp_path):
+    write_sections(tmp_path / "cpu.json", environment=MADE_WITH, operators={"pool": 1})
+    write_sections(tmp_path / "cpu.json", model={"passed": True})
+    write_sections(tmp_path / "cpu.json", operators={"pool": 2})
+    expected = {"environment": MADE_WITH, "operators": {"pool": 2}, "model": {"passed": True}}
+    assert json.loads((tmp_path / "cpu.json").read_text()) == expected
 
 
 def test_a_tree_is_dirty_when_more_than_figures_changed(repository):
