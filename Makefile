@@ -18,8 +18,9 @@ demo: $(STAMP)
 		--json demo-output/detections.json
 	@echo "drawn images, and the boxes of every stage (*.stages.jpg): demo-output/drawn"
 
+# As many processes as cores; the threads of one sleep when they wait, rather than spin beside the others'.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every CUDA source for every architecture: minutes of compiling, so apart from the tests.
 test-cuda-build: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -25,14 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def build_with_cmake(folder: str, target: str, *options: str) -> Path:
-    """Build one target of CMakeLists.txt under build/, incrementally; the folder it was built in."""
+    """Build one target of CMakeLists.txt under build/, incrementally; the folder it was built in.
+
+    One process after the other: all that run the tests want it at once.
+    """
     build = ROOT / "build" / folder
     tool = [sys.executable, "-m", "cmake"]
     python = f"-DPython_EXECUTABLE={sys.executable}"
     configure = [*tool, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", python, *options]
-    for command in (configure, [*tool, "--build", str(build), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [*tool, "--build", str(build), "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return build
 
 

@@ -185,7 +185,8 @@ def test_three_adamw_steps(
 
 def test_three_adamw_steps_in_float64(golden_model, golden_trainer, golden_images, golden_targets, monkeypatch):
     """The package as it is, kernels, folded BatchNorm and fused AdamW, makes the steps of the official order."""
-    images, targets = golden_images[:1], golden_targets[:1]  # one of the two, for time
+    images = [golden_images[0][:, :256, :256]]  # a part of one of the two, for time
+    targets = [{**golden_targets[0], "boxes": golden_targets[0]["boxes"] * 0.4}]
     golden_model.double()
     plain = copy.deepcopy(golden_model)
     own = _steps(golden_trainer(golden_model), images, targets)
