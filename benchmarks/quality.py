@@ -1,6 +1,7 @@
 """Quality on a data set of one's own: this package's detector against torchvision's Faster R-CNN-FPN.
 
-    python -m benchmarks.quality train-peer --data DIR --val DIR --output PEER --images N [--time-limit MINUTES]
+    python -m benchmarks.quality train-peer --data DIR --val DIR --output PEER --images N --min-sizes N [N ...]
+                                            --max-size N --test-size N N [--time-limit MINUTES]
     python -m benchmarks.quality table --ours RUN|FILE --peer PEER --val DIR [--json FILE] [--curve FILE] [--readme]
 
 ``train-peer`` trains the peer (see ``faster_rcnn.py``) on N images, an image counted each time; the same command
