@@ -130,7 +130,7 @@ def serving() -> list[dict[str, Any]]:
                 why = f"{library} has the kernel"
             elif operator not in native:
                 why = "it has no kernels"
-            elif _library.active_backend() == _library.REFERENCE:
+            elif _library.is_reference():
                 why = "SPARSE_RCNN_BACKEND asks for it"
             else:
                 why = _library.why_not(operator, device_type)

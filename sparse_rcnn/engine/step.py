@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rcnn.engine import distributed
+from sparse_rcnn.engine.optimizer import in_official_order
 from sparse_rcnn.models.batch import Batch
 
 # Steps that are not finite before a run is given up. One that has diverged has them in a row; a bad image or an
@@ -51,7 +52,7 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.clip_norm, self.bfloat16 = clip_norm, bfloat16
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = in_official_order(model)
         self.device = self.parameters[0].device
         self.names: tuple[str, ...] = ()
         self.report: Tensor | None = None
@@ -60,7 +61,9 @@ class TrainStep:
         self.replica = distributed.replicate(model, unused_parameters=not model.criterion.deep_supervision)
         self.bad = torch.zeros((), device=self.device)
         self.skipped = torch.zeros(2, device=self.device)
-        optimizer.found_inf = self.bad  # read by the fused kernels, as they read that of torch.amp
+        self.fused = optimizer.defaults["fused"]
+        if self.fused:
+            optimizer.found_inf = self.bad  # read by the fused kernels, as they read that of torch.amp
 
     def __call__(self, *batches: Batch) -> None:
         """Queue one step on ``batches``, which are on the device."""
@@ -73,7 +76,8 @@ class TrainStep:
         self.bad.copy_(report.isfinite().all().logical_not())
         self.skipped.add_(self.bad)
         self.skipped[0].mul_(self.bad)
-        self.optimizer.step()
+        if self.fused or not self.bad:  # the plain optimizer, of the reference backend, waits for the device
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.count_update()
         report = torch.cat([report, self.skipped])

@@ -36,6 +36,7 @@ from sparse_rcnn.engine.schedule import resolve
 from sparse_rcnn.engine.step import MAX_SKIPPED_IN_A_ROW, Report, Reports, TrainStep
 from sparse_rcnn.inference.memory import keep_freed_memory
 from sparse_rcnn.models import SparseRCNN, SparseRCNNConfig
+from sparse_rcnn.ops._library import is_reference
 from sparse_rcnn.runtime import pick_device
 from sparse_rcnn.weights.atomic import remove_leftovers
 from sparse_rcnn.weights.check import check_state_dict
@@ -117,7 +118,8 @@ class Trainer:
             check_state_dict(model.config, checkpoint["model"], self.checkpoint_path)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        layout = torch.contiguous_format if is_reference() else torch.channels_last
+        self.model = model.to(self.device, memory_format=layout)
         self.optimizer = build_optimizer(self.model, config.lr, config.backbone_lr_factor, config.weight_decay)
         self.plain_step = TrainStep(self.model, self.optimizer, config.clip_norm, config.dtype == "bfloat16")
         if checkpoint is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_rcnn.models.light_torchvision import torchvision
+from sparse_rcnn.ops._library import is_reference
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 STRIDES = (4, 8, 16, 32)
@@ -27,8 +28,9 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
 
 def _normalized(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     """``norm(conv(x))``, in training with the fixed scale multiplied into the weights: no scaled copies of the larger
-    maps are then made and kept. Under autocast they stay in the half type, which ``norm`` would leave."""
-    if not conv.training:
+    maps are then made and kept. Under autocast they stay in the half type, which ``norm`` would leave. Not so in the
+    reference backend, whose training is the official code's."""
+    if not conv.training or is_reference():
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale

@@ -14,6 +14,7 @@ from sparse_rcnn import ops
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.models.linear import Linear
 from sparse_rcnn.models.recompute import recomputed
+from sparse_rcnn.ops._library import is_reference
 
 # Probability that a class starts with, so that the many negatives do not swamp the first steps (RetinaNet, 4.1).
 PRIOR_PROBABILITY = 0.01
@@ -51,8 +52,9 @@ class DynamicHead(nn.Module):
         Returns:
             logits [S, B, N, K] and boxes [S, B, N, 4] of every stage. Boxes are not clipped.
         """
-        # RoIAlign gathers all channels of a cell: once here rather than in every stage.
-        features = [feature.contiguous(memory_format=torch.channels_last) for feature in features]
+        # RoIAlign gathers all channels of a cell, torchvision's a channel: once here rather than in every stage.
+        layout = torch.contiguous_format if _trains_officially() else torch.channels_last
+        features = [feature.contiguous(memory_format=layout) for feature in features]
         features = ops.share_gradients(features)
         all_logits, all_boxes = [], []
         for stage in self.stages:
@@ -75,7 +77,7 @@ class Stage(nn.Module):
         # Plain interaction reads the box alone: there are no proposal features to attend to.
         self.attends = config.self_attention and config.interaction != "plain"
         if self.attends:
-            self.self_attn = nn.MultiheadAttention(C, config.num_heads, batch_first=True)
+            self.self_attn = nn.MultiheadAttention(C, config.num_heads)
             self.norm1 = nn.LayerNorm(C)
         self.inst_interact = _INTERACTIONS[config.interaction](config, strides)
         self.norm2 = nn.LayerNorm(C)
@@ -90,20 +92,25 @@ class Stage(nn.Module):
     def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One refinement: boxes [B, N, 4] and proposal features x [B, N, C] in; logits, boxes, features out."""
         if self.attends:
-            x = _add_norm(self.norm1, self.self_attn(x, x, x, need_weights=False)[0], x)
+            x = x.transpose(0, 1)  # [N, B, C], as the attention computes
+            # With its weights returned, the attention is not of a fused operator.
+            attended, _ = self.self_attn(x, x, x, need_weights=_trains_officially())
+            x = _add_norm(self.norm1, attended, x).transpose(0, 1).contiguous()
         x = _add_norm(self.norm2, self.inst_interact(features, boxes, x), x if self.inst_interact.residual else None)
         x = _add_norm(self.norm3, self.linear2(F.relu(self.linear1(x))), x)
-        logits = self.class_logits(_run_tower(self.cls_module, x))  # [B, N, K]
-        return logits, self._refine(x, boxes), x
+        rows = x.flatten(0, 1)  # [B * N, C]
+        logits = self.class_logits(_run_tower(self.cls_module, rows))
+        return logits.view(*x.shape[:2], -1), self._refine(rows, boxes), x
 
     def _refine(self, x: Tensor, boxes: Tensor) -> Tensor:
-        """The box tower, its deltas [B, N, 4] and the boxes [B, N, 4] that they make."""
+        """The box tower on x [B * N, C], and the boxes [B, N, 4] that its deltas make of ``boxes``."""
         clamp = self.config.delta_clamp
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return ops.apply_deltas(self.bboxes_delta(_run_tower(self.reg_module, x)), boxes, clamp=clamp)
+            deltas = self.bboxes_delta(_run_tower(self.reg_module, x))
+            return ops.apply_deltas(deltas.view_as(boxes), boxes, clamp=clamp)
         linears, norms = self.reg_module[0::3], self.reg_module[1::3]
         refined = ops.refine_boxes(
-            *(x.flatten(0, 1), boxes.flatten(0, 1), [linear.weight for linear in linears]),
+            *(x, boxes.flatten(0, 1), [linear.weight for linear in linears]),
             *([norm.weight for norm in norms], [norm.bias for norm in norms]),
             *(self.bboxes_delta.weight, self.bboxes_delta.bias),
             clamp=clamp,
@@ -201,6 +208,11 @@ class RoIFeature(nn.Module):
 
 
 _INTERACTIONS = {"dynamic": DynamicConv, "concat": ConcatInteraction, "plain": PlainInteraction}
+
+
+def _trains_officially() -> bool:
+    """Whether to compute with the official code's operations in their order, for the rounding's sake."""
+    return is_reference() and torch.is_grad_enabled()
 
 
 def _tower(channels: int, layers: int) -> nn.Sequential:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rcnn import onednn
-from sparse_rcnn.ops._library import REFERENCE, active_backend
+from sparse_rcnn.ops._library import is_reference
 
 
 class Linear(nn.Linear):
@@ -20,7 +20,7 @@ class Linear(nn.Linear):
         plain = (
             x.dtype != torch.float32
             or torch.is_autocast_enabled(x.device.type)
-            or active_backend() == REFERENCE
+            or is_reference()
             or torch.compiler.is_compiling()
         )
         return super().forward(x) if plain else onednn.linear(x, self.weight, self.bias)

@@ -98,6 +98,11 @@ def active_backend() -> str:
     return _backend
 
 
+def is_reference() -> bool:
+    """Whether the reference backend is in force, under which the whole detector computes as the official code does."""
+    return _backend == REFERENCE
+
+
 def serving(name: str, device_type: str) -> str:
     """``native``, ``triton`` or ``reference`` (or a backend that a test added): who serves ``name`` on this device."""
     if _backend != TRITON:

@@ -26,9 +26,10 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     check_floating("boxes", boxes)
     dtype = torch.promote_types(boxes.dtype, torch.float32)
     boxes, others = boxes.to(dtype), others.to(dtype)
+    areas = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:])
     low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
     intersection = _area(low, high)
-    union = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - intersection
+    union = areas - intersection
     low, high = torch.minimum(boxes[..., :2], others[..., :2]), torch.maximum(boxes[..., 2:], others[..., 2:])
     hull = _area(low, high)
     return _share(intersection, union) - _share(hull - union, hull)

@@ -77,7 +77,11 @@ def multiscale_roi_align_reference(
     for index, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         # A level without boxes takes part too: its parameters get gradients of zero, as every step must give them.
         chosen = (level == index).nonzero().squeeze(1)
-        bins = _roi_align(feature, rois[chosen], image[chosen], stride, output_size, sampling_ratio)
+        # Training in float32 is the official code's to the last bit, with its operator of the same sums.
+        trains = feature.requires_grad and feature.dtype == rois.dtype == torch.float32
+        bins = (_torchvision_roi_align if trains else _roi_align)(
+            feature, rois[chosen], image[chosen], stride, output_size, sampling_ratio
+        )
         pooled = pooled.index_copy(0, chosen, bins)
     return pooled.view(B, N, output_size**2, C)
 
@@ -101,6 +105,20 @@ def box_levels(boxes: Tensor, strides: Sequence[int], level_rule: str = "detectr
     finest = int(math.log2(strides[0]))
     level = level.nan_to_num(nan=finest).clamp(finest, finest + len(strides) - 1)
     return level.to(torch.int64) - finest
+
+
+def _torchvision_roi_align(
+    feature: Tensor, rois: Tensor, image: Tensor, stride: int, size: int, samples: int
+) -> Tensor:
+    """As :func:`_roi_align`."""
+    from sparse_rcnn.models.light_torchvision import torchvision
+
+    sides = rois[:, 2:] - rois[:, :2]
+    # Where a coordinate or a side is not finite it would read out of bounds.
+    pools = rois.isfinite().all(1) & sides.isfinite().all(1) & (sides.prod(1) >= 0)
+    rois = torch.cat([image[:, None].to(rois.dtype), torch.where(pools[:, None], rois, 0.0)], dim=1)
+    bins = torchvision.ops.roi_align(feature, rois, size, 1 / stride, samples, aligned=True)
+    return (bins * pools.view(-1, 1, 1, 1)).flatten(2).transpose(1, 2)
 
 
 def _roi_align(feature: Tensor, rois: Tensor, image: Tensor, stride: int, size: int, samples: int) -> Tensor:

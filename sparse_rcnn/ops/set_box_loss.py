@@ -62,8 +62,8 @@ def set_box_loss_reference(
     chosen = boxes.gather(2, index.unsqueeze(-1).expand(S, B, M, 4))
     targets = target_boxes.expand(S, B, M, 4)
     scale = image_sizes.flip(-1).repeat(1, 2).view(1, B, 1, 4)  # (w, h, w, h)
-    l1 = (chosen / scale - targets / scale).abs().sum(-1)
     giou = 1 - generalized_iou(chosen, targets)
+    l1 = (chosen / scale - targets / scale).abs().sum(-1)
     zero, nan = l1.new_zeros(()), _check.nan_unless_finite(boxes)
     l1, giou = torch.where(matched, l1, zero), torch.where(matched, giou, zero)
     return l1.flatten(1).sum(1) + nan, giou.flatten(1).sum(1) + nan

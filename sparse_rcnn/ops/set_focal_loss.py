@@ -49,17 +49,33 @@ def set_focal_loss(
 def set_focal_loss_reference(
     logits: Tensor, matches: Tensor, target_labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """The specification of :func:`set_focal_loss`."""
+    """The specification of :func:`set_focal_loss`, with the official code's operations in their order."""
     K = logits.shape[3]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     classes = matched_classes(matches, target_labels, logits.shape[2], K)  # [S, B, N], K for no match
     positive = classes.unsqueeze(-1) == torch.arange(K, device=logits.device)
-    # The loss of a positive is that of a negative with the sign of the logit turned, and another weight.
-    z = torch.where(positive, -x, x)
+    p = _Sigmoid.apply(x)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, positive.to(x.dtype), reduction="none")
+    likelihood = torch.where(positive, p, 1 - p)
+    miss = (1 - likelihood).clamp(min=torch.finfo(x.dtype).tiny)  # the slope of a power below 1 is infinite at 0
     weight = torch.full_like(x, 1 - alpha).masked_fill(positive, alpha)
-    miss = z.sigmoid().clamp(min=torch.finfo(x.dtype).tiny)  # the slope of a power below 1 is infinite at 0
-    losses = weight * -F.logsigmoid(-z) * miss**gamma
+    losses = weight * (cross_entropy * miss**gamma)
     return (losses.flatten(1).sum(1) + nan_unless_finite(x)).to(logits.dtype)
+
+
+class _Sigmoid(torch.autograd.Function):
+    """The sigmoid with the derivative as TorchScript, by which the official focal loss is compiled, rounds it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        p = x.sigmoid()
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return (1 - p) * p * grad
 
 
 def matched_classes(matches: Tensor, target_labels: Tensor, proposals: int, background: int) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_rcnn.engine.optimizer import build_optimizer, lr_factor, parameter_groups, set_lr
+from sparse_rcnn import SparseRCNN, SparseRCNNConfig
+from sparse_rcnn.engine.optimizer import build_optimizer, in_official_order, lr_factor, parameter_groups, set_lr
 
 
 class Toy(nn.Module):
@@ -30,6 +31,22 @@ def test_a_frozen_body_leaves_one_group():
     model = Toy()
     model.backbone.body.requires_grad_(False)
     assert [group["name"] for group in parameter_groups(model, lr=0.1)] == ["detector"]
+
+
+def test_official_order():
+    with torch.device("meta"):
+        model = SparseRCNN(SparseRCNNConfig.preset("r50_100"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for parameter in in_official_order(model)]
+    assert sorted(ordered) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    fpn, body = "backbone.fpn", "backbone.body"
+    assert ordered[:16:2] == [
+        f"{fpn}.{kind}_blocks.{level}.0.weight" for level in range(4) for kind in ("inner", "layer")
+    ]
+    assert ordered[16:20] == [f"{body}.layer2.0.{name}.weight" for name in ("downsample.0", "conv1", "conv2", "conv3")]
+    assert ordered[20] == f"{body}.layer2.1.conv1.weight"
+    detector = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("backbone.")]
+    assert ordered[-len(detector) :] == detector
 
 
 def test_nothing_to_train_is_an_error():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
 import pytest
 import torch
 
-from sparse_rcnn.engine.optimizer import build_optimizer, load_optimizer, set_lr
+from sparse_rcnn import ops
+from sparse_rcnn.engine.optimizer import build_optimizer, in_official_order, load_optimizer, set_lr
 from sparse_rcnn.engine.step import Report, Reports, TrainStep
 from sparse_rcnn.models.dynamic_head import DynamicConv
 from sparse_rcnn.models.recompute import recomputed
@@ -134,7 +136,7 @@ def plain_adamw_step(model, optimizer, batch, clip_norm) -> list[float]:
     """The step as one would write it without a thought of waiting."""
     losses = model(batch)
     sum(losses.values()).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(in_official_order(model), clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     return [*(loss.item() for loss in losses.values()), norm.item()]
@@ -165,8 +167,15 @@ BAD_LOSSES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 @pytest.mark.parametrize("value", BAD_LOSSES)
 @pytest.mark.parametrize("bad_steps", [{1}, {3, 4}, {1, 3}])
-def test_steps_that_are_not_finite_are_as_if_they_had_not_been(bad_steps, value):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_steps_that_are_not_finite_are_as_if_they_had_not_been(bad_steps, value, backend):
+    with ops.backend(backend):
+        _check_skipping(bad_steps, value, contextlib.nullcontext if backend == "reference" else forbid_host_reads)
+
+
+def _check_skipping(bad_steps, value, no_host_reads):
     step, alone = make_step(), make_step()
+    assert step.fused == (no_host_reads is forbid_host_reads)
     count = 0
 
     def poison(module, arguments, losses):
@@ -178,7 +187,7 @@ def test_steps_that_are_not_finite_are_as_if_they_had_not_been(bad_steps, value)
     reports = Reports()
     for number in range(1, 6):
         batch = step.model.prepare(*sample(number))
-        with forbid_host_reads():
+        with no_host_reads():
             step(batch)
             reports.add(number, (10 * number, 10 * number + 1), step)
         if number not in bad_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -11,12 +12,7 @@ import torch
 from sparse_rcnn import ops
 from sparse_rcnn.engine import trainer as trainer_module
 from sparse_rcnn.engine.config import TrainConfig
-from sparse_rcnn.engine.optimizer import parameter_groups
 from sparse_rcnn.engine.trainer import Trainer
-from sparse_rcnn.models import backbone
-from sparse_rcnn.models.dynamic_head import Stage
-from sparse_rcnn.models.linear import Linear
-from tests.golden import official_order
 
 LOGIT_TOLERANCE = 1e-4
 BOX_TOLERANCE = 5e-3  # pixels
@@ -64,10 +60,13 @@ def test_feature_pyramid(golden_model, golden_images, golden_outputs):
         np.testing.assert_allclose(feature[:, ::32, ::5, ::5], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", ["a", "b", "c", "d"])
-def test_losses_and_gradients(golden_model, golden_images, golden_training, fill, official_keys, case):
+def test_losses_and_gradients(golden_model, golden_images, golden_training, fill, official_keys, case, backend):
     expected = golden_training[case]
-    losses, norms = _losses_and_norms(golden_model, golden_images, _targets(fill, expected["counts"]), official_keys)
+    targets = _targets(fill, expected["counts"])
+    with ops.backend(backend):
+        losses, norms = _losses_and_norms(golden_model, golden_images, targets, official_keys)
     assert losses == pytest.approx(expected["losses_weighted"], rel=2e-6)
     assert norms == pytest.approx(expected["grad_norms"], rel=3e-3)
 
@@ -103,28 +102,6 @@ def _losses_and_norms(model, images, targets, official_keys):
 
 
 @pytest.fixture
-def in_official_order(golden_model, monkeypatch):
-    """The detector with every operation in the official order, see ``official_order.py``."""
-    return _in_official_order(golden_model, monkeypatch)
-
-
-def _in_official_order(model, monkeypatch):
-    monkeypatch.setattr(backbone, "_normalized", lambda conv, norm, x: norm(conv(x)))
-    monkeypatch.setattr(Linear, "forward", torch.nn.Linear.forward)
-    monkeypatch.setattr(Stage, "forward", official_order.stage_forward)
-    model.criterion = official_order.Criterion(model.criterion.matcher)
-    return model
-
-
-@pytest.mark.parametrize("case", ["a", "b", "c", "d"])
-def test_gradients_in_official_order(in_official_order, golden_images, golden_training, fill, official_keys, case):
-    """No gradient is at a kink of another rounding here."""
-    targets = _targets(fill, golden_training[case]["counts"])
-    _, norms = _losses_and_norms(in_official_order, golden_images, targets, official_keys)
-    assert norms == pytest.approx(golden_training[case]["grad_norms"], rel=3e-3)
-
-
-@pytest.fixture
 def golden_trainer(golden_training, scenes_of_80, tmp_path, monkeypatch):
     """Makes the trainer of a model, at the first step of the golden recipe."""
     recipe = golden_training["adamw_3_steps"]
@@ -155,44 +132,37 @@ def _steps(trainer, images, targets):
     return list(trainer.reports.take(wait=True))
 
 
-def test_three_adamw_steps(
-    in_official_order, golden_trainer, golden_images, golden_targets, golden_training, official_keys
-):
-    """Through the training loop's step, with everything in the official order of operations."""
-    trainer = golden_trainer(in_official_order)
-    model, step = trainer.model, trainer.plain_step
-    groups = parameter_groups(model, trainer.config.lr, weight_decay=trainer.config.weight_decay)
-    trainer.optimizer = step.optimizer = torch.optim.AdamW(groups)  # the fused one rounds differently
-    model.to(memory_format=torch.contiguous_format)
-    names = {parameter: official_keys[name] for name, parameter in model.named_parameters()}
-    step.parameters.sort(key=lambda parameter: official_order.parameter_order(names[parameter]))
-    # The first call of the compiled focal loss is another than those that follow.
-    sum(model(golden_images, golden_targets).values()).backward()
-    norms = {names[parameter]: parameter.grad.double().norm().item() for parameter in step.parameters}
+def test_three_adamw_steps(golden_model, golden_trainer, golden_images, golden_targets, golden_training, official_keys):
+    """The reference backend trains as the official code does, to the last bits, through the training loop."""
     official = golden_training["a"]["grad_norms"]
-    assert norms == pytest.approx(official, rel=3e-3)
-    trainer.optimizer.zero_grad()
-    reports = _steps(trainer, golden_images, golden_targets)
-    # Where another processor or another PyTorch rounds otherwise, the runs part by this much.
-    same_order = norms == pytest.approx(official, rel=1e-9)
-    limits = (1e-6,) * 4 if same_order else (1e-6, 3e-3, 2e-2, 5e-2)
-    for report, expected, limit in zip(reports, golden_training["adamw_3_steps"]["history"], limits, strict=True):
+    with ops.backend("reference"):
+        _, norms = _losses_and_norms(golden_model, golden_images, golden_targets, official_keys)
+        golden_model.zero_grad()
+        reports = _steps(golden_trainer(golden_model), golden_images, golden_targets)
+    limits, norm_limits = [1e-6] * 4, [1e-5] * 4
+    # The official norms are of another derivative of the focal loss, which TorchScript compiles after the first call.
+    if norms != pytest.approx(official, rel=1e-6):
+        # AdamW's first steps are of the gradient's sign: one bit becomes 1e-3 of the loss within three steps.
+        warnings.warn("another processor or PyTorch than the golden one rounds its sums otherwise", stacklevel=1)
+        limits, norm_limits = [1e-6, 3e-3, 2e-2, 5e-2], [3e-3, 3e-2, 2e-1, 5e-1]
+    history = golden_training["adamw_3_steps"]["history"]
+    for report, expected, limit, norm_limit in zip(reports, history, limits, norm_limits, strict=True):
         assert sum(report.losses.values()) == pytest.approx(expected["total"], rel=limit)
         if "grad_norm_before_clip" in expected:
-            allowed = 10 * limit if same_order else max(3e-3, 10 * limit)
-            assert report.grad_norm == pytest.approx(expected["grad_norm_before_clip"], rel=allowed)
+            assert report.grad_norm == pytest.approx(expected["grad_norm_before_clip"], rel=norm_limit)
 
 
-def test_three_adamw_steps_in_float64(golden_model, golden_trainer, golden_images, golden_targets, monkeypatch):
-    """The package as it is, kernels, folded BatchNorm and fused AdamW, makes the steps of the official order."""
+def test_three_adamw_steps_in_float64(golden_model, golden_trainer, golden_images, golden_targets):
+    """The kernels, folded BatchNorm and fused AdamW make the steps of the reference backend."""
     images = [golden_images[0][:, :256, :256]]  # a part of one of the two, for time
     targets = [{**golden_targets[0], "boxes": golden_targets[0]["boxes"] * 0.4}]
     golden_model.double()
     plain = copy.deepcopy(golden_model)
     own = _steps(golden_trainer(golden_model), images, targets)
-    official = _steps(golden_trainer(_in_official_order(plain, monkeypatch)), images, targets)
+    with ops.backend("reference"):
+        reference = _steps(golden_trainer(plain), images, targets)
     # The class loss is of float32 in a float64 model too, as the official one.
-    for report, expected in zip(own, official, strict=True):
+    for report, expected in zip(own, reference, strict=True):
         assert report.losses == pytest.approx(expected.losses, rel=1e-5)
         assert sum(report.losses.values()) == pytest.approx(sum(expected.losses.values()), rel=1e-6)
         assert report.grad_norm == pytest.approx(expected.grad_norm, rel=3e-4)

@@ -87,7 +87,8 @@ def test_equals_the_detector(changes):
     assert optimized.report()["backbone"] == "fused"
     got = optimized(images, return_stages=True)
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(got.boxes, want.boxes, rtol=2e-5, atol=2e-3)
+    # Rounding leaves either up to 1.2e-3 from the boxes in float64.
+    torch.testing.assert_close(got.boxes, want.boxes, rtol=2e-5, atol=3e-3)
     torch.testing.assert_close(got.proposal_boxes, want.proposal_boxes)
     assert any(len(found["scores"]) > 0 for found in want.detections)
     assert_equal_detections(got.detections, want.detections)
