@@ -101,8 +101,6 @@ def measure(
         report["passed"] = all(row["passed"] for row in report["gate"].values())
         if not report["passed"]:
             return report
-        if device.type == "cpu":
-            del workers[model_worker.AUTOCAST]
         report["implementations"] = _time(workers, runs)
         for name, worker in workers.items():
             figures = report["implementations"][name]
