@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OPERATORS, MODEL = "benchmarks", "model"  # the tables in the README
-COMMAND_MODEL = "python -m benchmarks.model --json benchmarks/results/cpu.json --readme"
+COMMAND_MODEL = "python -m benchmarks.model --compile --json benchmarks/results/cpu.json --readme"
 COMMAND = "python -m benchmarks --json benchmarks/results/cpu.json --readme"
 _RATES = (("bytes_per_s", "GB/s", "copy_bytes_per_s"), ("flop_per_s", "GFLOP/s", "gemm_flop_per_s"))
 

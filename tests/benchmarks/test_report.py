@@ -113,7 +113,7 @@ def test_table_of_the_model():
     assert (
         empty == "" and machine.startswith("Preset `r50_300`, one image of 800x1333,") and "commit 0123456" in machine
     )
-    assert made_by == "`python -m benchmarks.model --json benchmarks/results/cpu.json --readme`."
+    assert made_by == "`python -m benchmarks.model --compile --json benchmarks/results/cpu.json --readme`."
 
 
 def test_the_models_table_of_the_readme_is_that_of_the_committed_figures():

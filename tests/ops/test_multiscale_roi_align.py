@@ -210,6 +210,27 @@ def test_gradient_flows_to_the_features_only():
         torch.testing.assert_close(ours.grad, theirs_grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["detectron2", "mmdet"])
+def test_training_in_float32_is_inference(rule):
+    """The reference takes torchvision's operator where there is a gradient, which reads anywhere for strange boxes."""
+    largest = torch.finfo(torch.float32).max
+    strange = [[torch.nan] * 4, [0, 0, torch.inf, 50], [-torch.inf, 0, 9, 9], [-largest, -largest, largest, largest]]
+    strange += [[0, 0, largest, 8], [1e30, 1e30, 2e30, 2e30], [torch.nan, 1, 30, 40]]
+    boxes = torch.cat([torch.tensor([*SPECIAL_BOXES.values(), *strange]), make_boxes(1, 40, torch.float32)[0]])
+    boxes = boxes.expand(2, -1, -1)
+    features = make_features(channels=5, dtype=torch.float32)
+    expected = multiscale_roi_align(features, boxes, STRIDES, level_rule=rule)
+    maps = [f.clone().requires_grad_() for f in features]
+    pooled = multiscale_roi_align(maps, boxes, STRIDES, level_rule=rule)
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(3))
+    (pooled * weight).sum().backward()
+    exact = [f.double().requires_grad_() for f in features]
+    (multiscale_roi_align(exact, boxes, STRIDES, level_rule=rule) * weight).sum().backward()
+    for ours, theirs in zip(maps, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
+
+
 def test_a_level_that_no_box_reads_gets_a_zero_gradient():
     features = [f.requires_grad_() for f in make_features(1)]
     boxes = torch.tensor([[[10.0, 10, 40, 40]]], dtype=torch.float64)  # P2 only
