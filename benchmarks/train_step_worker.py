@@ -26,7 +26,7 @@ from sparse_rcnn.engine.cuda_graph import WARM_UP_STEPS, GraphedStep
 from sparse_rcnn.engine.optimizer import build_optimizer
 from sparse_rcnn.engine.step import TrainStep
 from sparse_rcnn.inference.memory import keep_freed_memory
-from sparse_rcnn.models import backbone
+from sparse_rcnn.models import backbone, dynamic_head, linear
 from sparse_rcnn.models.batch import Batch
 
 NUM_BOXES = 8
@@ -41,12 +41,17 @@ class Implementation(NamedTuple):
     float64: bool = False
     compiled: bool = False
     graphed: bool = False
+    own_layers: bool = False  # the references of the operators alone: convolutions and linear layers as of the kernels
 
 
 REFERENCE = "reference, float32"
-EXACT = "reference, float64"  # for the gates alone
+# For the gates alone.
+EXACT, NATIVE_EXACT = "reference, float64", "native, float64"
+OWN_LAYERS = "reference operators, float32"
 IMPLEMENTATIONS = {
     EXACT: Implementation("reference", float64=True),
+    NATIVE_EXACT: Implementation("native", float64=True),
+    OWN_LAYERS: Implementation("reference", own_layers=True),
     REFERENCE: Implementation("reference"),
     "reference, bfloat16": Implementation("reference", bfloat16=True),
     "reference, torch.compile, float32": Implementation("reference", compiled=True),
@@ -82,9 +87,15 @@ class Worker:
         self, implementation: Implementation, folder: str, device: torch.device, batch_size: int, size: tuple[int, int]
     ) -> None:
         self.implementation, self.device, self.size = implementation, device, size
-        model = SparseRCNN.from_pretrained(folder).to(device, memory_format=torch.channels_last).train()
+        plain = implementation.backend == "reference" and not implementation.own_layers
+        # As the trainer has it. On a GPU eager PyTorch is the faster for channels_last.
+        layout = torch.contiguous_format if plain and device.type == "cpu" else torch.channels_last
+        model = SparseRCNN.from_pretrained(folder).to(device, memory_format=layout).train()
         model = model.double() if implementation.float64 else model
-        if implementation.backend == "reference":
+        if implementation.own_layers:
+            for module in (backbone, dynamic_head, linear):
+                module.is_reference = lambda: False
+        if plain:
             _as_torchvision(model)
         elif device.type == "cpu":
             keep_freed_memory()
