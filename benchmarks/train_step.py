@@ -37,7 +37,7 @@ from benchmarks.measured_process import MeasuredProcess, start
 from benchmarks.model import make_detector
 from sparse_rcnn.models.config import PRESETS
 
-AUTOCAST = "reference, bfloat16"
+AUTOCAST, KEPT = "reference, bfloat16", "reference, memory kept, float32"
 UNTIMED = (worker.REFERENCE, worker.EXACT, worker.NATIVE_EXACT, worker.OWN_LAYERS)
 EXACT_LIMIT = 1e-9  # of a gradient in float64, as a share of its length
 
@@ -74,6 +74,7 @@ def names(device: str, compiled: bool, only: list[str]) -> list[str]:
         name
         for name, how in worker.IMPLEMENTATIONS.items()
         if (device == "cuda" or not how.graphed) and (device == "cuda" or compiled or not how.compiled)
+        if device == "cpu" or name != KEPT
     ]
     chosen = [name for name in possible if any(text in name for text in only) and name not in UNTIMED]
     needs_autocast = any(worker.IMPLEMENTATIONS[name].bfloat16 for name in chosen)

@@ -41,6 +41,7 @@ class Implementation(NamedTuple):
     float64: bool = False
     compiled: bool = False
     graphed: bool = False
+    keeps_memory: bool = False  # on a CPU, as the trainer's process does
     own_layers: bool = False  # the references of the operators alone: convolutions and linear layers as of the kernels
 
 
@@ -53,11 +54,12 @@ IMPLEMENTATIONS = {
     NATIVE_EXACT: Implementation("native", float64=True),
     OWN_LAYERS: Implementation("reference", own_layers=True),
     REFERENCE: Implementation("reference"),
+    "reference, memory kept, float32": Implementation("reference", keeps_memory=True),
     "reference, bfloat16": Implementation("reference", bfloat16=True),
     "reference, torch.compile, float32": Implementation("reference", compiled=True),
     "reference, torch.compile, bfloat16": Implementation("reference", bfloat16=True, compiled=True),
-    "native, float32": Implementation("native"),
-    "native, bfloat16": Implementation("native", bfloat16=True),
+    "native, float32": Implementation("native", keeps_memory=True),
+    "native, bfloat16": Implementation("native", bfloat16=True, keeps_memory=True),
     "native, CUDA graph, bfloat16": Implementation("native", bfloat16=True, graphed=True),
 }
 
@@ -97,7 +99,7 @@ class Worker:
                 module.is_reference = lambda: False
         if plain:
             _as_torchvision(model)
-        elif device.type == "cpu":
+        if implementation.keeps_memory and device.type == "cpu":
             keep_freed_memory()
         self.model = model
         self.step = TrainStep(model, build_optimizer(model, lr=2.5e-5), 1.0, implementation.bfloat16)
