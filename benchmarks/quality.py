@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer.add_argument("--frozen-stages", type=int, default=0, help="of the backbone, as of the configuration")
     peer.add_argument("--group-shapes", action="store_true", help="as of sparse_rcnn.train")
     peer.add_argument("--cache-mb", type=int, default=0, help="as of sparse_rcnn.train")
+    peer.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as of sparse_rcnn.train")
     peer.add_argument("--seed", type=int, default=0)
     peer.add_argument("--time-limit", type=float, help="minutes after which to stop with a checkpoint")
     peer.add_argument("--eval-every", type=int, default=500, help="steps")
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train_peer(options: argparse.Namespace) -> int:
     """Train until all images were seen or the time is over."""
     settings = {name: getattr(options, name) for name in ("images", "batch_size", "lr", "optimizer", "channels")}
-    settings |= {name: getattr(options, name) for name in ("augment", "group_shapes", "seed", "frozen_stages")}
+    settings |= {name: getattr(options, name) for name in ("augment", "group_shapes", "seed", "frozen_stages", "dtype")}
     settings |= {
         "min_size": options.test_size[0],
         "max_size": options.test_size[1],
