@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sparse_rcnn.models.light_torchvision import torchvision
 from sparse_rcnn.ops._library import is_reference
@@ -63,6 +68,19 @@ class Bottleneck(_Residual, torchvision.models.resnet.Bottleneck):
     convolutions = 3
 
 
+class _DepthwiseInFloat32(TorchFunctionMode):
+    """Autocast without the depthwise convolutions, whose backward in bfloat16 takes a CPU five times as long."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is F.conv2d and len(args) == 7 and args[6] > 1 and args[1].shape[1] == 1:
+            x, *rest = args
+            with torch.autocast("cpu", enabled=False):
+                return function(x.float(), *rest)
+        return function(*args, **(kwargs or {}))
+
+
 class BackboneWithFPN(nn.Module):
     """Maps of strides 4, 8, 16 and 32 with ``channels`` channels each (FPN; P2..P5).
 
@@ -92,7 +110,9 @@ class BackboneWithFPN(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
-        maps = self.body(images)
+        trains_mixed = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        with _DepthwiseInFloat32() if trains_mixed and not is_reference() else contextlib.nullcontext():
+            maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
         return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps))).values())
 

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from sparse_rcnn import ops
 from sparse_rcnn.models.backbone import BackboneWithFPN, FrozenBatchNorm2d, load_backbone_weights
 
 STEMS = ("conv1", "bn1")
@@ -51,6 +52,31 @@ def test_the_pyramid_adds_the_coarser_level():
                 merged = laterals[level] + merged.repeat_interleave(2, 2).repeat_interleave(2, 3)
             torch.testing.assert_close(actual[level], backbone.fpn.layer_blocks[level](merged))
     assert all(m.std() > 0 for m in actual)
+
+
+def test_training_in_bfloat16_on_a_cpu_leaves_depthwise_convolutions_in_float32():
+    torch.manual_seed(0)
+    backbone = BackboneWithFPN("mobilenetv3_small_050", 8).train()
+    computed = []
+    for module in backbone.body.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *seen: computed.append(seen))
+
+    def run(gradients):
+        computed.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+            backbone(torch.randn(1, 3, 64, 64))
+        assert sum(conv.groups > 1 for conv, _, _ in computed) == 11 < len(computed)
+        return computed
+
+    for conv, (x,), output in run(gradients=True):
+        assert output.dtype == (torch.float32 if conv.groups > 1 else torch.bfloat16)
+        if conv.groups > 1:
+            exact = F.conv2d(x.float(), conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+            torch.testing.assert_close(output, exact, rtol=0, atol=0)
+    assert {output.dtype for _, _, output in run(gradients=False)} == {torch.bfloat16}  # its forward is the faster one
+    with ops.backend("reference"):
+        assert {output.dtype for _, _, output in run(gradients=True)} == {torch.bfloat16}
 
 
 def test_the_resnet_is_torchvisions_with_the_stride_in_the_3x3_convolution():
