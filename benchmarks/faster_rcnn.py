@@ -129,7 +129,7 @@ class PeerTrainer:
         output: folder.
         settings: ``images``, ``batch_size``, ``lr``, ``optimizer``, ``channels``, ``augment``, ``group_shapes``,
             ``frozen_stages``, ``min_size``, ``max_size``, ``train_min_sizes``, ``train_max_size``, ``seed``, ``dtype``
-            (float32, or bfloat16 for autocast outside the backbone); of a run that continues, those of its checkpoint are taken.
+            (float32, or bfloat16 for autocast outside the backbone); of a run that continues, those of its checkpoint.
         cache_mb: as of ``sparse_rcnn.train``.
     """
 
