@@ -74,7 +74,8 @@ class _DepthwiseInFloat32(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is F.conv2d and len(args) == 7 and args[6] > 1 and args[1].shape[1] == 1:
+        depthwise = function is F.conv2d and len(args) == 7 and args[6] > 1 and args[1].shape[1] == 1
+        if depthwise and args[0].device.type == "cpu":
             x, *rest = args
             with torch.autocast("cpu", enabled=False):
                 return function(x.float(), *rest)
@@ -110,8 +111,8 @@ class BackboneWithFPN(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
-        trains_mixed = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-        with _DepthwiseInFloat32() if trains_mixed and not is_reference() else contextlib.nullcontext():
+        trains_mixed = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and not is_reference()
+        with _DepthwiseInFloat32() if trains_mixed else contextlib.nullcontext():
             maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else maps
         return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps))).values())
