@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from sparse_rcnn.data.augment import SmallDataTransform
@@ -61,7 +62,7 @@ class FasterRCNNPeer(nn.Module):
         self.detector = FasterRCNN(
             _Pyramid(config, channels),
             config.num_classes + 1,  # the first is the background
-            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
+            rpn_anchor_generator=_Anchors(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
             rpn_pre_nms_top_n_train=1000,
             rpn_post_nms_top_n_train=1000,
             rpn_pre_nms_top_n_test=1000,
@@ -70,6 +71,8 @@ class FasterRCNNPeer(nn.Module):
             box_batch_size_per_image=256,
         )
         self.detector.roi_heads.box_roi_pool = _RoIAlign()
+        for predictor in (self.detector.rpn.head, self.detector.roi_heads.box_predictor):
+            predictor.register_forward_hook(_in_float32)
         self.detector.transform = _Normalize(config.min_size, config.max_size, mean, std)
 
     def forward(
@@ -80,6 +83,18 @@ class FasterRCNNPeer(nn.Module):
         if self.training:
             return self.detector(images, [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in targets])
         return [{**found, "labels": found["labels"] - 1} for found in self.detector(images)]
+
+
+class _Anchors(AnchorGenerator):
+    """torchvision's, in float32 also where the maps are not: it gives them the maps' type."""
+
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(images, [torch.empty_like(each, dtype=torch.float32) for each in maps])
+
+
+def _in_float32(_: nn.Module, __: Any, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Predictions under autocast: torchvision gives all boxes their type, and bfloat16 has steps of two pixels."""
+    return tuple([each.float() for each in one] if isinstance(one, list) else one.float() for one in outputs)
 
 
 class _Pyramid(nn.Module):

@@ -23,6 +23,7 @@ SETTINGS = {
         "max_size": 96,
         "train_min_sizes": [48, 64],
         "train_max_size": 96,
+        "dtype": "float32",
     },
 }
 
@@ -74,6 +75,17 @@ def test_a_run_in_pieces_is_the_run_in_one(whole, scenes, tmp_path):
     assert one == two and [r["step"] for r in one if r["kind"] == "val"] == [2, 4]
     losses = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
     assert one[0]["loss"] == pytest.approx(sum(one[0][name] for name in losses), abs=1e-5)
+
+
+def test_bfloat16_changes_no_anchor_and_rounds_no_box(whole):
+    images, targets = next(whole._batches())
+
+    def losses(bfloat16):
+        torch.manual_seed(0)  # by which torchvision samples anchors and regions
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return {name: loss.item() for name, loss in whole.model.train()(images, targets).items()}
+
+    assert losses(True) == pytest.approx(losses(False), rel=0.03)
 
 
 def test_the_schedule_warms_up_and_ends_at_nothing():
