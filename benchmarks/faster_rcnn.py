@@ -109,7 +109,7 @@ class _Pyramid(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         # Not under autocast: the backward of depthwise convolutions in bfloat16 takes five times as long on a CPU.
         with torch.autocast(images.device.type, enabled=False):
-            maps = self.levels.body(images)
+            maps = self.levels.bottom_up(images)
         maps = list(self.levels.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps))).values())
         named = OrderedDict((str(level), each) for level, each in enumerate(maps))
         named["pool"] = F.max_pool2d(maps[-1], 1, 2)

@@ -97,8 +97,6 @@ class Worker:
         if implementation.own_layers:
             for module in (backbone, dynamic_head, linear):
                 module.is_reference = lambda: False
-        if plain:
-            _as_torchvision(model)
         if implementation.keeps_memory and device.type == "cpu":
             keep_freed_memory()
         self.model = model
@@ -202,13 +200,6 @@ class Worker:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _as_torchvision(model: SparseRCNN) -> None:
-    """Let the ResNet's blocks compute as torchvision's do."""
-    for block in model.backbone.body.modules():
-        if isinstance(block, (backbone.BasicBlock, backbone.Bottleneck)):
-            block.__class__ = type(block).__mro__[2]
 
 
 if __name__ == "__main__":

@@ -8,20 +8,13 @@ import operator
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from sparse_rcnn.inference.convolution import Activation, FusedConv2d
+from sparse_rcnn.models.traced import Tracer, calls, is_norm, is_plain_conv, module_of, only_user, set_module
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
-_STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
-
-
-class _Tracer(fx.Tracer):
-    """Looks into everything but convolutions, normalisations of fixed statistics and activations."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or _is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -36,7 +29,7 @@ def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
         Exception: whatever tracing raises for a backbone whose control flow depends on its input.
     """
     with evaluating(backbone):
-        graph = _Tracer().trace(backbone)
+        graph = Tracer().trace(backbone)
     module = fx.GraphModule(backbone, graph, "FusedBackbone")
     _drop_identities(module)
     _fold_norms(module, device, dtype)
@@ -77,7 +70,7 @@ def _drop_identities(module: fx.GraphModule) -> None:
     """Take out what does nothing in evaluation mode."""
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes):
-        if isinstance(_module_of(node, modules), (nn.Identity, nn.Dropout)):
+        if isinstance(module_of(node, modules), (nn.Identity, nn.Dropout)):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
@@ -87,7 +80,7 @@ def _read_sizes_before(module: fx.GraphModule) -> None:
     the result can then be fused to the one that computes with it."""
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes):
-        conv = _module_of(node, modules)
+        conv = module_of(node, modules)
         if not isinstance(conv, FusedConv2d) or conv.kernel != [1, 1] or conv.stride != [1, 1] or any(conv.padding):
             continue
         for user in list(node.users):
@@ -101,13 +94,13 @@ def _fold_norms(module: fx.GraphModule, device: torch.device, dtype: torch.dtype
     """Put a :class:`FusedConv2d` in place of every convolution, with the BatchNorm behind it folded in."""
     modules = dict(module.named_modules())
     for node in list(module.graph.nodes):
-        conv = _module_of(node, modules)
-        if not _is_plain_conv(conv) or _calls(module, node.target) != 1:
+        conv = module_of(node, modules)
+        if not is_plain_conv(conv) or calls(module, node.target) != 1:
             continue
-        norm_node = _only_user(node)
-        norm = None if norm_node is None else _module_of(norm_node, modules)
-        folds = _is_norm(norm) and _calls(module, norm_node.target) == 1
-        _set(module, node.target, FusedConv2d(conv, norm if folds else None, device, dtype))
+        norm_node = only_user(node)
+        norm = None if norm_node is None else module_of(norm_node, modules)
+        folds = is_norm(norm) and calls(module, norm_node.target) == 1
+        set_module(module, node.target, FusedConv2d(conv, norm if folds else None, device, dtype))
         if folds:
             _activate(module, norm_node, getattr(norm, "act", None))
             norm_node.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: True)
@@ -118,7 +111,7 @@ def _activate(module: fx.GraphModule, norm_node: fx.Node, act: nn.Module | None)
     """Put the activation that timm's norms hold behind this one, as a node of its own."""
     if act is None or isinstance(act, nn.Identity):
         return
-    _set(module, f"{norm_node.target}.act", act)
+    set_module(module, f"{norm_node.target}.act", act)
     with module.graph.inserting_after(norm_node):
         act_node = module.graph.call_module(f"{norm_node.target}.act", (norm_node,))
     norm_node.replace_all_uses_with(act_node, delete_user_cb=lambda user: user is not act_node)
@@ -132,7 +125,7 @@ def _fuse_activations(module: fx.GraphModule) -> None:
 
 
 def _fuse_activation(module: fx.GraphModule, node: fx.Node, modules: dict[str, nn.Module]) -> None:
-    conv, act_node = _module_of(node, modules), _only_user(node)
+    conv, act_node = module_of(node, modules), only_user(node)
     if not isinstance(conv, FusedConv2d) or conv.activation is not None or act_node is None:
         return
     activation = _activation_of(act_node, modules)
@@ -156,7 +149,7 @@ def _fuse_sums(module: fx.GraphModule) -> None:
         if conv_node is None or terms[0] is terms[1]:
             continue
         conv, residual = modules[conv_node.target], terms[terms[0] is conv_node]
-        fresh = isinstance(_module_of(residual, modules), FusedConv2d) or residual.target is F.interpolate
+        fresh = isinstance(module_of(residual, modules), FusedConv2d) or residual.target is F.interpolate
         conv.overwrite = fresh and all(order[user] <= order[node] for user in residual.users)
         with module.graph.inserting_before(node):
             fused = module.graph.call_module(conv_node.target, (conv_node.args[0], residual))
@@ -173,36 +166,10 @@ def _convert(module: fx.GraphModule, device: torch.device, dtype: torch.dtype) -
     for target in {node.target for node in module.graph.nodes if node.op == "call_module"}:
         layer = modules[target]
         if not isinstance(layer, FusedConv2d):
-            _set(module, target, copy.deepcopy(layer).to(device, dtype, memory_format=torch.channels_last))
+            set_module(module, target, copy.deepcopy(layer).to(device, dtype, memory_format=torch.channels_last))
     for target in {node.target for node in module.graph.nodes if node.op == "get_attr"}:
         tensor = operator.attrgetter(target)(module).detach()
-        _set(module, target, tensor.to(device, dtype if tensor.is_floating_point() else None))
-
-
-def _module_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    return modules.get(node.target) if node.op == "call_module" else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _calls(module: fx.GraphModule, target: str) -> int:
-    return sum(node.op == "call_module" and node.target == target for node in module.graph.nodes)
-
-
-def _is_plain_conv(module: nn.Module | None) -> bool:
-    """torch's own, or timm's with TensorFlow's padding; not one that does something to its weights first."""
-    known = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
-    return known and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-
-
-def _is_norm(module: nn.Module | None) -> bool:
-    """A BatchNorm, frozen or in evaluation mode, of torch, torchvision or timm."""
-    if not isinstance(module, nn.BatchNorm2d) and "FrozenBatchNorm" not in type(module).__name__:
-        return False
-    drops = not isinstance(getattr(module, "drop", nn.Identity()), nn.Identity)
-    return not drops and all(hasattr(module, name) for name in _STATISTICS) and module.running_mean is not None
+        set_module(module, target, tensor.to(device, dtype if tensor.is_floating_point() else None))
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -212,26 +179,13 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _can_add(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether this is a convolution that nothing was fused to and that only one reads."""
-    conv = _module_of(node, modules)
+    conv = module_of(node, modules)
     return isinstance(conv, FusedConv2d) and conv.activation is None and len(node.args) == 1 and len(node.users) == 1
 
 
 def _activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
-    module = _module_of(node, modules)
+    module = module_of(node, modules)
     if module is not None:
         return Activation.of(module)
     relu = node.op == "call_function" and node.target in (F.relu, torch.relu, torch.relu_)
     return Activation.of(nn.ReLU()) if relu or node.op == "call_method" and node.target in ("relu", "relu_") else None
-
-
-def _set(module: nn.Module, path: str, value: nn.Module | Tensor) -> None:
-    """Put ``value`` in the place of ``path`` under ``module``."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        module = getattr(module, parent)
-    if isinstance(value, Tensor):
-        for table in (module._parameters, module._buffers):
-            table.pop(name, None)
-        module.register_buffer(name, value)
-    else:
-        module.add_module(name, value)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparse_rcnn.models.folded import folded
 from sparse_rcnn.models.light_torchvision import torchvision
 from sparse_rcnn.ops._library import is_reference
 
+resnet = torchvision.models.resnet
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 STRIDES = (4, 8, 16, 32)
 
@@ -29,43 +31,6 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         if x.requires_grad:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-def _normalized(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """``norm(conv(x))``, in training with the fixed scale multiplied into the weights: no scaled copies of the larger
-    maps are then made and kept. Under autocast they stay in the half type, which ``norm`` would leave. Not so in the
-    reference backend, whose training is the official code's."""
-    if not conv.training or is_reference():
-        return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-class _Residual:
-    """How torchvision's blocks compute, with :func:`_normalized`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, Ci, H, W]: [B, Co, H / stride, W / stride]."""
-        out = x
-        for number in range(1, self.convolutions):
-            out = self.relu(_normalized(getattr(self, f"conv{number}"), getattr(self, f"bn{number}"), out))
-        out = _normalized(getattr(self, f"conv{self.convolutions}"), getattr(self, f"bn{self.convolutions}"), out)
-        out += x if self.downsample is None else _normalized(*self.downsample, x)
-        return self.relu(out)
-
-
-class BasicBlock(_Residual, torchvision.models.resnet.BasicBlock):
-    """Of ResNet-18 and 34."""
-
-    convolutions = 2
-
-
-class Bottleneck(_Residual, torchvision.models.resnet.Bottleneck):
-    """Of ResNet-50 and 101."""
-
-    convolutions = 3
 
 
 class _DepthwiseInFloat32(TorchFunctionMode):
@@ -108,27 +73,41 @@ class BackboneWithFPN(nn.Module):
             self.body, widths = _timm(name)
             _freeze_timm(self.body, frozen_stages or 0)
         self.fpn = torchvision.ops.FeaturePyramidNetwork(widths, channels)
+        self._folded: tuple[nn.Module, nn.Module] | None = None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
-        trains_mixed = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and not is_reference()
-        with _DepthwiseInFloat32() if trains_mixed else contextlib.nullcontext():
-            maps = self.body(images)
-        maps = list(maps.values()) if isinstance(maps, dict) else maps
-        return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps))).values())
+        return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.bottom_up(images)))).values())
+
+    def bottom_up(self, images: Tensor) -> list[Tensor]:
+        """Of :meth:`forward`'s images the body's own maps, of as many channels as it gives them."""
+        trains = self.training and not is_reference()  # the reference backend's training is the official code's
+        if trains and (self._folded is None or self._folded[0] is not self.body):
+            self._folded = (
+                self.body,
+                folded(self.body),
+            )  # in a tuple it is not registered: it has the body's parameters
+        body = self._folded[1] if trains else self.body
+        mixed = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and not is_reference()
+        with _DepthwiseInFloat32() if mixed else contextlib.nullcontext():
+            maps = body(images)
+        return list(maps.values()) if isinstance(maps, dict) else maps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}  # a copy folds its own body
 
 
 _RESNETS = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
 }
 
 
 def _resnet(name: str) -> tuple[nn.Module, list[int]]:
     block, layers = _RESNETS[name]
-    whole = torchvision.models.resnet.ResNet(block, layers, norm_layer=FrozenBatchNorm2d)
+    whole = resnet.ResNet(block, layers, norm_layer=FrozenBatchNorm2d)
     body = torchvision.models._utils.IntermediateLayerGetter(whole, {f"layer{i}": str(i - 1) for i in range(1, 5)})
     width = 512 * block.expansion
     return body, [width // 8, width // 4, width // 2, width]

@@ -22,7 +22,8 @@ def model():
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_dataset(folder, 24, seed=77, split="valid", progress=False)
+    # With 72, bfloat16 has moved AP by 0.004 up, with 24 by 0.002 down: what few scenes do, not what rounding costs.
+    write_dataset(folder, 200, seed=777001, split="valid", progress=False)
     return open_dataset(folder, "valid")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sparse_rcnn import ops
 from sparse_rcnn.models.backbone import BackboneWithFPN, FrozenBatchNorm2d, load_backbone_weights
+from sparse_rcnn.models.folded import folded
 
 STEMS = ("conv1", "bn1")
 
@@ -54,29 +57,95 @@ def test_the_pyramid_adds_the_coarser_level():
     assert all(m.std() > 0 for m in actual)
 
 
+class Convolutions(TorchFunctionMode):
+    """Notes the arguments and the result of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is F.conv2d:
+            self.seen.append((args, result.clone()))  # before activations in place
+        return result
+
+
 def test_training_in_bfloat16_on_a_cpu_leaves_depthwise_convolutions_in_float32():
     torch.manual_seed(0)
     backbone = BackboneWithFPN("mobilenetv3_small_050", 8).train()
-    computed = []
-    for module in backbone.body.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda *seen: computed.append(seen))
 
     def run(gradients):
-        computed.clear()
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients), Convolutions() as convolutions:
             backbone(torch.randn(1, 3, 64, 64))
-        assert sum(conv.groups > 1 for conv, _, _ in computed) == 11 < len(computed)
-        return computed
+        assert sum(args[6] > 1 for args, _ in convolutions.seen) == 11 < len(convolutions.seen)
+        return convolutions.seen
 
-    for conv, (x,), output in run(gradients=True):
-        assert output.dtype == (torch.float32 if conv.groups > 1 else torch.bfloat16)
-        if conv.groups > 1:
-            exact = F.conv2d(x.float(), conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-            torch.testing.assert_close(output, exact, rtol=0, atol=0)
-    assert {output.dtype for _, _, output in run(gradients=False)} == {torch.bfloat16}  # its forward is the faster one
+    for args, output in run(gradients=True):
+        assert output.dtype == (torch.float32 if args[6] > 1 else torch.bfloat16)
+        if args[6] > 1:
+            torch.testing.assert_close(output, F.conv2d(args[0].float(), *args[1:]), rtol=0, atol=0)
+    assert {output.dtype for _, output in run(gradients=False)} == {torch.bfloat16}  # its forward is the faster one
     with ops.backend("reference"):
-        assert {output.dtype for _, _, output in run(gradients=True)} == {torch.bfloat16}
+        assert {output.dtype for _, output in run(gradients=True)} == {torch.bfloat16}
+
+
+# Padding as TensorFlow's, other activations than ReLU, and squeeze-and-excitation without a norm.
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"])
+def test_training_folds_every_frozen_norm_and_has_the_same_maps_and_gradients(name):
+    torch.manual_seed(0)
+    backbone = BackboneWithFPN(name, 8, frozen_stages=2).double().train()
+    norms = [module for module in backbone.body.modules() if "FrozenBatchNorm" in type(module).__name__]
+    for norm in norms:
+        for statistic in (norm.weight, norm.running_var):
+            statistic.data.uniform_(0.5, 1.5)
+        for statistic in (norm.bias, norm.running_mean):
+            statistic.data.normal_(std=0.1)
+    image, scales, called = torch.randn(2, 3, 64, 96).double(), torch.rand(8, 1, 1).double(), []
+    for norm in norms:
+        norm.register_forward_hook(lambda *call: called.append(call))
+
+    def run():
+        called.clear()
+        backbone.zero_grad()
+        maps = backbone(image)
+        sum((each * scales).square().mean() for each in maps).backward()
+        gradients = {name: parameter.grad for name, parameter in backbone.named_parameters()}
+        return maps, {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+    maps, gradients = run()
+    assert not called
+    with ops.backend("reference"):
+        wanted_maps, wanted = run()
+    assert len(called) == len(norms) > 15
+    torch.testing.assert_close(maps, wanted_maps, rtol=1e-10, atol=1e-10)
+    assert gradients.keys() == wanted.keys() and len(gradients) > 30
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-8, atol=1e-10 * float(wanted[name].abs().max()))
+
+
+def test_a_copy_of_a_backbone_in_training_has_its_own_weights():
+    torch.manual_seed(0)
+    backbone = BackboneWithFPN("mobilenetv3_small_050", 8).train()
+    image = torch.randn(1, 3, 64, 64)
+    before = backbone(image)
+    assert not [name for name in backbone.state_dict() if "fold" in name]
+    twin = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for parameter in twin.body.parameters():
+            parameter.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(backbone(image), before, strict=True))
+    assert not torch.equal(twin(image)[0], before[0])
+
+
+def test_a_body_that_cannot_be_traced_trains_as_it_is():
+    class Body(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    body = Body(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
+    assert folded(body) is body
+    assert folded(nn.Sequential(*body)) is not body
 
 
 def test_the_resnet_is_torchvisions_with_the_stride_in_the_3x3_convolution():
