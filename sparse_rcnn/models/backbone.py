@@ -83,10 +83,8 @@ class BackboneWithFPN(nn.Module):
         """Of :meth:`forward`'s images the body's own maps, of as many channels as it gives them."""
         trains = self.training and not is_reference()  # the reference backend's training is the official code's
         if trains and (self._folded is None or self._folded[0] is not self.body):
-            self._folded = (
-                self.body,
-                folded(self.body),
-            )  # in a tuple it is not registered: it has the body's parameters
+            # In a tuple, and so not registered a second time: its parameters are the body's.
+            self._folded = (self.body, folded(self.body))
         body = self._folded[1] if trains else self.body
         mixed = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and not is_reference()
         with _DepthwiseInFloat32() if mixed else contextlib.nullcontext():
