@@ -106,11 +106,7 @@ class _Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        images = images.contiguous(memory_format=torch.channels_last)
-        # Not under autocast: the backward of depthwise convolutions in bfloat16 takes five times as long on a CPU.
-        with torch.autocast(images.device.type, enabled=False):
-            maps = self.levels.bottom_up(images)
-        maps = list(self.levels.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps))).values())
+        maps = self.levels(images.contiguous(memory_format=torch.channels_last))
         named = OrderedDict((str(level), each) for level, each in enumerate(maps))
         named["pool"] = F.max_pool2d(maps[-1], 1, 2)
         return named
@@ -144,7 +140,7 @@ class PeerTrainer:
         output: folder.
         settings: ``images``, ``batch_size``, ``lr``, ``optimizer``, ``channels``, ``augment``, ``group_shapes``,
             ``frozen_stages``, ``min_size``, ``max_size``, ``train_min_sizes``, ``train_max_size``, ``seed``, ``dtype``
-            (float32, or bfloat16 for autocast outside the backbone); of a run that continues, those of its checkpoint.
+            (float32, or bfloat16 for autocast); of a run that continues, those of its checkpoint.
         cache_mb: as of ``sparse_rcnn.train``.
     """
 

@@ -46,6 +46,7 @@ PEERS = {
     "cpu": tuple(model_worker.IMPLEMENTATIONS),
     "cuda": tuple(name for name in model_worker.IMPLEMENTATIONS if name not in (model_worker.KEPT, model_worker.PEER)),
 }
+SIDE_BY_SIDE = 4  # images at once, of which a CPU's memory holds the tensors of all implementations
 LOGIT_TOLERANCE, BOX_TOLERANCE = 1e-3, 0.02
 
 
@@ -92,20 +93,28 @@ def measure(
     """The report, as it stands in the JSON; without times when the gate is red."""
     report: dict[str, Any] = {"preset": preset, "device": device.type, "size": list(size), "batches": batches}
     report |= {"runs": runs, "environment": environment(device)}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    alone = [count for count in batches if device.type == "cpu" and count > SIDE_BY_SIDE]
+    together = [count for count in batches if count not in alone]
+    with tempfile.TemporaryDirectory() as folder:
         make_detector(preset).save_pretrained(folder)
-        flags = [folder, "--device", device, "--size", *size, "--batches", *batches]
-        workers = {name: stack.enter_context(start(model_worker.__name__, name, *flags)) for name in names}
-        peaks = {name: worker.ask("peak") for name, worker in workers.items()}
-        report["gate"] = gate({name: worker.gate() or {} for name, worker in workers.items()})
-        report["passed"] = all(row["passed"] for row in report["gate"].values())
-        if not report["passed"]:
-            return report
-        report["implementations"] = _time(workers, runs)
-        for name, worker in workers.items():
-            figures = report["implementations"][name]
-            figures |= {"start_up_s": worker.start_up, "peak_rss_gib": peaks[name]}
-            figures["components"] = _components(figures["parts"], worker.ask("floors"))
+        flags = [folder, "--device", device, "--size", *size, "--batches"]
+        with contextlib.ExitStack() as stack:
+            workers = {n: stack.enter_context(start(model_worker.__name__, n, *flags, *together)) for n in names}
+            peaks = {name: worker.ask("peak") for name, worker in workers.items()}
+            start_ups = {name: worker.start_up for name, worker in workers.items()}
+            report["gate"] = gate({name: worker.gate() or {} for name, worker in workers.items()})
+            report["passed"] = all(row["passed"] for row in report["gate"].values())
+            if not report["passed"]:
+                return report
+            seconds = _in_rounds(workers, runs)
+            floors = {name: worker.ask("floors") for name, worker in workers.items()}
+        for name in names if alone else ():
+            with start(model_worker.__name__, name, *flags, 1, *alone) as worker:
+                seconds[name] |= _by_itself(worker, [f"whole x{count}" for count in alone], runs)
+    report["implementations"] = _figures(seconds)
+    for name, figures in report["implementations"].items():
+        figures |= {"start_up_s": start_ups[name], "peak_rss_gib": peaks[name]}
+        figures["components"] = _components(figures["parts"], floors[name])
     return report
 
 
@@ -152,8 +161,8 @@ def gate(outputs: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, Any
     return rows
 
 
-def _time(workers: dict[str, MeasuredProcess], runs: int) -> dict[str, Any]:
-    """Seconds of every part of every implementation, round by round, and their ratios to each peer's."""
+def _in_rounds(workers: dict[str, MeasuredProcess], runs: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every part of every implementation, round by round."""
     seconds: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in worker.ask("parts")} for name, worker in workers.items()
     }
@@ -165,6 +174,16 @@ def _time(workers: dict[str, MeasuredProcess], runs: int) -> dict[str, Any]:
                 taken = workers[name].ask(part)
                 if run > 0:  # the first round warms up
                     values.append(taken)
+    return seconds
+
+
+def _by_itself(worker: MeasuredProcess, parts: list[str], runs: int) -> dict[str, list[float]]:
+    """Seconds of these parts of one implementation while no other runs."""
+    return {part: [worker.ask(part) for _ in range(runs + 1)][1:] for part in parts}
+
+
+def _figures(seconds: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Quantiles of what was timed, and the ratios to each peer's."""
     figures: dict[str, Any] = {}
     for name, parts in seconds.items():
         figures[name] = {"parts": {part: quantiles(values) for part, values in parts.items()}}

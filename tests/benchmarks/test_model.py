@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from xml.etree import ElementTree
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import model as benchmark
 from benchmarks import model_worker
 from benchmarks.components import Component, components
 from benchmarks.compression import measure, table
@@ -128,6 +130,45 @@ def test_gates_of_exact_and_of_half_types():
 
 def test_ratios_are_of_the_same_round():
     assert _ratios({"whole": [4.0, 9.0, 5.0]}, {"whole": [2.0, 3.0, 5.0], "head": [1.0] * 3}) == {"whole": 2.0}
+
+
+def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(monkeypatch):
+    class Process:
+        alive, start_up = 0, 1.0
+
+        def __init__(self, name, batches):
+            self.batches, self.speed, self.asked = batches, 2 if name.startswith("optimized") else 1, 0
+
+        def ask(self, message):
+            if message == "parts":
+                return ["whole" if count == 1 else f"whole x{count}" for count in self.batches]
+            if message in ("peak", "floors"):
+                return {"peak": 1.5, "floors": {}}[message]
+            count = int(message.partition(" x")[2] or 1)
+            assert count in self.batches and (Process.alive == 1) == (count > 4)
+            self.asked += 1
+            return (count + self.asked / 1024) / self.speed
+
+        def gate(self):
+            return {"logits": torch.zeros(2), "boxes": torch.zeros(2)}
+
+    @contextlib.contextmanager
+    def start(module, name, folder, *flags):
+        Process.alive += 1
+        yield Process(name, flags[flags.index("--batches") + 1 :])
+        Process.alive -= 1
+
+    monkeypatch.setattr(benchmark, "start", start)
+    names = ["reference", "optimized, float32"]
+    report = benchmark.measure("small", torch.device("cpu"), (64, 96), [1, 4, 16, 32], 2, names)
+    for name, speed in zip(names, (1, 2), strict=True):
+        parts = report["implementations"][name]["parts"]
+        assert list(parts) == ["whole", "whole x4", "whole x16", "whole x32"]
+        # Timed are the answers after the first of each: 4 and 6, then 2 and 3, then 5 and 6.
+        assert parts["whole x4"]["median"] == (4 + 5 / 1024) / speed
+        assert parts["whole x16"]["median"] == (16 + 2.5 / 1024) / speed
+        assert parts["whole x32"]["median"] == (32 + 5.5 / 1024) / speed
+    assert report["implementations"][names[1]]["ratios"] == dict.fromkeys(parts, 2.0)
 
 
 def test_compression_reports_errors_and_times():
