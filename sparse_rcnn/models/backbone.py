@@ -77,10 +77,10 @@ class BackboneWithFPN(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W], H and W multiples of 32: four maps [B, C, H / stride, W / stride]."""
-        return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.bottom_up(images)))).values())
+        return list(self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self._bottom_up(images)))).values())
 
-    def bottom_up(self, images: Tensor) -> list[Tensor]:
-        """Of :meth:`forward`'s images the body's own maps, of as many channels as it gives them."""
+    def _bottom_up(self, images: Tensor) -> list[Tensor]:
+        """The body's own maps, of as many channels as it gives them."""
         trains = self.training and not is_reference()  # the reference backend's training is the official code's
         if trains and (self._folded is None or self._folded[0] is not self.body):
             # In a tuple, and so not registered a second time: its parameters are the body's.
