@@ -137,7 +137,7 @@ def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(mon
         alive, start_up = 0, 1.0
 
         def __init__(self, name, batches):
-            self.batches, self.speed, self.asked = batches, 2 if name.startswith("optimized") else 1, 0
+            self.batches, self.speed, self.asked = batches, speeds.get(name, 1), 0
 
         def ask(self, message):
             if message == "parts":
@@ -147,6 +147,8 @@ def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(mon
             count = int(message.partition(" x")[2] or 1)
             assert count in self.batches and (Process.alive == 1) == (count > 4)
             self.asked += 1
+            if count == 32 and self.speed == 4:
+                raise RuntimeError("a worker broke")
             return (count + self.asked / 1024) / self.speed
 
         def gate(self):
@@ -159,16 +161,19 @@ def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(mon
         Process.alive -= 1
 
     monkeypatch.setattr(benchmark, "start", start)
-    names = ["reference", "optimized, float32"]
-    report = benchmark.measure("small", torch.device("cpu"), (64, 96), [1, 4, 16, 32], 2, names)
-    for name, speed in zip(names, (1, 2), strict=True):
-        parts = report["implementations"][name]["parts"]
+    speeds = {"reference": 1, "native kernels": 3, "optimized, float32": 2, model_worker.AUTOCAST: 4}
+    report = benchmark.measure("small", torch.device("cpu"), (64, 96), [1, 4, 16, 32], 2, list(speeds))
+    found = {name: figures["parts"] for name, figures in report["implementations"].items()}
+    assert list(found["native kernels"]) == ["whole", "whole x4"]
+    assert list(found[model_worker.AUTOCAST]) == ["whole", "whole x4", "whole x16"]  # one that did not fit
+    for name in ("reference", "optimized, float32"):
+        parts, speed = found[name], speeds[name]
         assert list(parts) == ["whole", "whole x4", "whole x16", "whole x32"]
         # Timed are the answers after the first of each: 4 and 6, then 2 and 3, then 5 and 6.
         assert parts["whole x4"]["median"] == (4 + 5 / 1024) / speed
         assert parts["whole x16"]["median"] == (16 + 2.5 / 1024) / speed
         assert parts["whole x32"]["median"] == (32 + 5.5 / 1024) / speed
-    assert report["implementations"][names[1]]["ratios"] == dict.fromkeys(parts, 2.0)
+    assert report["implementations"]["optimized, float32"]["ratios"] == dict.fromkeys(parts, 2.0)
 
 
 def test_compression_reports_errors_and_times():
