@@ -118,12 +118,12 @@ def _head(head: InferenceHead, features: list[Tensor], boxes: Tensor) -> dict[st
     """Of all stages together; the branches one after the other."""
     B, first, last = len(boxes), head.stages[0], head.stages[-1]
     x = head.first_features.expand(B, -1, -1).contiguous()
-    later, config = head.stages[1:], head.config
-    parameters = [head.first_parameters, *(stage.generate(stage.mix(x)) for stage in later)]
+    later, config = head.proposals, head.config
+    parameters = [head.first_parameters, *(own.generate(own.mix(x)) for own in later)]
     pooled = first.pool(features, boxes, parameters[0])
 
-    def each(stages: list[Any], step: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        return lambda: [step(stage, *arguments) for stage in stages]
+    def each(parts: list[Any], step: str, *arguments: Any) -> Callable[[], Any]:
+        return lambda: [getattr(part, step)(*arguments) for part in parts]
 
     def pool() -> None:
         for stage, own in zip(head.stages, parameters, strict=True):
@@ -142,18 +142,17 @@ def _head(head: InferenceHead, features: list[Tensor], boxes: Tensor) -> dict[st
         return [(2 * R * inputs * outputs, moved)] * times
 
     steps = {}
-    if first.attends:
+    if any(own.attends for own in later):
         attended = [(4 * R * N * C, 4 * size * R * C)] * len(later)
         operations = [*linear(C, 3 * C, len(later)), *attended, *linear(C, C, len(later))]
-        steps["attention"] = Component(each(later, type(first).mix, x), operations)
+        steps["attention"] = Component(each(later, "mix", x), operations)
     if config.interaction == "dynamic":
-        dynamic = linear(C, 2 * C * D, len(later))
-        steps["dynamic_layer"] = Component(each(later, type(first).generate, x), dynamic)
+        steps["dynamic_layer"] = Component(each(later, "generate", x), linear(C, 2 * C * D, len(later)))
         steps["interaction"] = Component(pool, [(4 * R * P * C * D, size * R * (2 * C * D + P * C))] * S)
     else:
         steps["interaction"] = Component(pool, [(0, size * R * P * C)] * S)
     dense = [*linear(P * C, C, S), *linear(C, F, S), *linear(F, C, S)]
-    steps["out_layer, FFN"] = Component(each(head.stages, type(first).absorb, pooled, x), dense)
+    steps["out_layer, FFN"] = Component(each(head.stages, "absorb", pooled, x), dense)
     layers = S * config.num_reg_layers + config.num_cls_layers
     steps["towers, boxes"] = Component(towers, [*linear(C, C, layers), *linear(C, 4, S), *linear(C, K, 1)])
     return steps

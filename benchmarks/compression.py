@@ -109,12 +109,13 @@ def _features(detector: OptimizedSparseRCNN, image: torch.Tensor) -> list[torch.
 def _parts(detector: OptimizedSparseRCNN, features: list[torch.Tensor], size: tuple[int, int]) -> dict[str, Any]:
     program = detector._program
     boxes = to_pixels(program.proposal_boxes, torch.tensor([size], device=detector.device).float())
-    x, stages = program.head.first_features, program.head.stages
-    pooled = stages[-1].pool(features, boxes, stages[-1].generate(x)).flatten(2)
+    x, stages, proposals = program.head.first_features, program.head.stages, program.head.proposals
+    pooled = stages[-1].pool(features, boxes, proposals[-1].generate(x)).flatten(2)
 
     def layers(_: int) -> None:
+        for own in proposals:
+            own.generate(x)
         for stage in stages:
-            stage.generate(x)
             stage.out_layer(pooled)
 
     return {"layers": layers, "head": lambda _: program.head(features, boxes)}

@@ -44,8 +44,10 @@ static inline Vec<float> multiply_add(FloatBits a, FloatBits b, Vec<float> sum) 
 
 // ---- memory to fetch in the meantime ----
 
-// In every step along K; more would hold up the products.
-constexpr int fetched_lines = 2;
+// In every step along K: as many as bring the next operands in time, of pairs in half the steps; more
+// would hold up the products.
+template <typename U>
+constexpr int fetched_lines = __is_same(U, uint32_t) ? 2 : 1;
 
 struct Fetch {
   const char* first;
@@ -53,8 +55,9 @@ struct Fetch {
 };
 
 // What to fetch in the course of `steps`; `otherwise`, over and over, when nothing is left.
+template <typename U>
 static inline Fetch take_ahead(Ahead& ahead, int64_t steps, const void* otherwise) {
-  constexpr int64_t bytes = 64 * fetched_lines;
+  constexpr int64_t bytes = 64 * fetched_lines<U>;
   while (ahead.current < ahead.count) {
     Ahead::Range& range = ahead.ranges[ahead.current];
     if (range.next < range.end) {
@@ -99,7 +102,7 @@ static __attribute__((noinline)) void multiply_tile(Operand<U> a, const U* b, in
     for (int j = 0; j < kVectors; ++j) right[j] = load_units(b + j * lanes<Sum<U>>);
     add_products<U, 0>(left, a.row, right, sums);
     if constexpr (unit_parts<U> == 2) add_products<U, 1>(left, a.row, right, sums);
-    for (int line = 0; line < fetched_lines; ++line) {
+    for (int line = 0; line < fetched_lines<U>; ++line) {
       __builtin_prefetch(fetch.first + 64 * line, 0, 2);
     }
     fetch.first += fetch.step;
@@ -119,7 +122,7 @@ template <typename U, int kRows, int kVectors>
 static inline void multiply_rows(Operand<U> a, Operand<U> b, int64_t rows, int64_t depth,
                                  Ahead& ahead, Sum<U>* c, int64_t c_row) {
   for (; rows >= kRows; rows -= kRows) {
-    const Fetch fetch = take_ahead(ahead, depth, c);
+    const Fetch fetch = take_ahead<U>(ahead, depth, c);
     multiply_tile<U, kRows, kVectors>(a, b.data, b.row, depth, fetch, c, c_row);
     a.data += kRows * a.row;
     c += kRows * c_row;

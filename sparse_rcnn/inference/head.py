@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_rcnn import ops
-from sparse_rcnn.inference.linear import make_layer
+from sparse_rcnn.inference.linear import Layer, make_layer
 from sparse_rcnn.models import SparseRCNN
 from sparse_rcnn.models.config import SparseRCNNConfig
 from sparse_rcnn.models.dynamic_head import Stage
-from sparse_rcnn.onednn import linear
+from sparse_rcnn.onednn import linear, packed
 
 Weights = tuple[Tensor, Tensor | None]  # of a linear layer
 Norm = tuple[Tensor, Tensor]  # of a LayerNorm, in float32: the kernels take no other
@@ -28,7 +28,7 @@ class InferenceHead:
     this one's self-attention and ``dynamic_layer`` need its features only. On a GPU they run on two streams.
 
     Args:
-        model: where the weights are taken from; those that have the device and the type already are shared.
+        model: where the weights are taken from; on a GPU those that have the device and the type already are shared.
         device, dtype: of weights and features. Boxes are float32.
         out_layer_rank, fp8: see :class:`~sparse_rcnn.inference.OptimizedSparseRCNN`.
     """
@@ -43,10 +43,12 @@ class InferenceHead:
     ) -> None:
         self.config = model.config
         self.dtype = dtype
-        self.stages = [_Stage(stage, model.config, device, dtype, out_layer_rank, fp8) for stage in model.head.stages]
+        stages = model.head.stages
+        self.proposals = [_Proposals(stage, model.config, device, dtype, fp8) for stage in stages[1:]]
+        self.stages = [_Stage(stage, model.config, device, dtype, out_layer_rank, fp8) for stage in stages]
         proposals = model.init_proposal_features.weight.detach()[None].to(device)  # [1, N, C]
         # In float32 whatever the type is: once and for all, so rounded once.
-        first = _Stage(model.head.stages[0], model.config, device, torch.float32)
+        first = _Proposals(stages[0], model.config, device, torch.float32, fp8=False)
         mixed = first.mix(proposals.float())
         parameters = first.generate(mixed)
         self.first_features = mixed.to(dtype)  # [1, N, C]
@@ -73,9 +75,10 @@ class InferenceHead:
                 with self._aside():
                     boxes = self.stages[index - 1].refine(x, boxes)
                 refined.append(boxes)
-                mixed = stage.mix(x)
+                proposals = self.proposals[index - 1]
+                mixed = proposals.mix(x)
                 parameters = None  # their memory, the most that the head needs, is for the next ones
-                parameters = stage.generate(mixed)
+                parameters = proposals.generate(mixed)
                 self._meet()
                 x = mixed
             x = stage.interact(features, boxes, x, parameters)
@@ -99,54 +102,45 @@ class InferenceHead:
             torch.cuda.current_stream().wait_stream(self.side_stream)
 
 
-class _Stage:
-    """One stage's weights, and its steps as functions of them."""
+class _Weights:
+    """Takes a stage's weights over: to a device, in one type, on a CPU in oneDNN's order for one image's proposals."""
+
+    def __init__(self, config: SparseRCNNConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows, self.device, self.dtype = config.num_proposals, device, dtype
+
+    def linear(self, layer: nn.Linear) -> Weights:
+        return self.product(layer.weight, layer.bias)
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Weights:
+        bias = None if bias is None else bias.detach().to(self.device, self.dtype)
+        return packed(weight.detach().to(self.device, self.dtype), self.rows), bias
+
+    def layer(self, layer: nn.Linear, rank: int | None, fp8: bool) -> Layer:
+        return make_layer(layer, self.device, self.dtype, self.rows, rank, fp8)
+
+    def norm(self, layer: nn.LayerNorm) -> Norm:
+        return layer.weight.detach().to(self.device, torch.float32), layer.bias.detach().to(self.device, torch.float32)
+
+    def tower(self, tower: nn.Sequential) -> list[tuple[Weights, Norm]]:
+        layers = range(0, len(tower), 3)  # Linear, LayerNorm, ReLU, Linear...
+        return [(self.linear(tower[i]), self.norm(tower[i + 1])) for i in layers]
+
+
+class _Proposals:
+    """The part of a stage that sees no image: self-attention, and the proposals' own weights."""
 
     def __init__(
-        self,
-        stage: Stage,
-        config: SparseRCNNConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        out_layer_rank: int | None = None,
-        fp8: bool = False,
+        self, stage: Stage, config: SparseRCNNConfig, device: torch.device, dtype: torch.dtype, fp8: bool
     ) -> None:
-        self.config, self.strides = config, stage.strides
-
-        def weights(layer: nn.Linear) -> Weights:
-            bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
-            return layer.weight.detach().to(device, dtype), bias
-
-        def norm(layer: nn.LayerNorm) -> Norm:
-            return layer.weight.detach().to(device, torch.float32), layer.bias.detach().to(device, torch.float32)
-
+        own = _Weights(config, device, dtype)
         self.attends = stage.attends
         if stage.attends:
             attention = stage.self_attn
             self.heads = attention.num_heads
-            projected = (attention.in_proj_weight, attention.in_proj_bias)
-            self.in_proj = tuple(tensor.detach().to(device, dtype) for tensor in projected)
-            self.out_proj, self.norm1 = weights(attention.out_proj), norm(stage.norm1)
-        interaction = stage.inst_interact
-        self.residual = interaction.residual
-        if config.interaction == "dynamic":
-            self.dynamic_layer = make_layer(interaction.dynamic_layer, device, dtype, None, fp8)
-            self.dynamic_norms = (*norm(interaction.norm1), *norm(interaction.norm2))
-            out_layer, self.out_norm = interaction.out_layer, norm(interaction.norm3)
-        else:
-            out_layer, self.out_norm = interaction.roi.out_layer, norm(interaction.roi.norm)
-        self.out_layer = make_layer(out_layer, device, dtype, out_layer_rank, fp8)
-        if config.interaction == "concat":
-            self.merge, self.merge_norm = weights(interaction.merge), norm(interaction.norm)
-        self.norm2, self.norm3 = norm(stage.norm2), norm(stage.norm3)
-        self.linear1, self.linear2 = weights(stage.linear1), weights(stage.linear2)
-        self.cls_tower = [
-            (weights(stage.cls_module[i]), norm(stage.cls_module[i + 1])) for i in _layers(stage.cls_module)
-        ]
-        self.reg_tower = [
-            (weights(stage.reg_module[i]), norm(stage.reg_module[i + 1])) for i in _layers(stage.reg_module)
-        ]
-        self.class_logits, self.bboxes_delta = weights(stage.class_logits), weights(stage.bboxes_delta)
+            self.in_proj = own.product(attention.in_proj_weight, attention.in_proj_bias)
+            self.out_proj, self.norm1 = own.linear(attention.out_proj), own.norm(stage.norm1)
+        dynamic = config.interaction == "dynamic"
+        self.dynamic_layer = own.layer(stage.inst_interact.dynamic_layer, None, fp8) if dynamic else None
 
     def mix(self, x: Tensor) -> Tensor:
         """Self-attention among the proposals x [B, N, C] of each image, residual, norm1."""
@@ -159,7 +153,37 @@ class _Stage:
 
     def generate(self, x: Tensor) -> Tensor | None:
         """The proposals' own weights, [B * N, 2 * C * D]; None where the interaction has none."""
-        return self.dynamic_layer(x.flatten(0, 1)) if self.config.interaction == "dynamic" else None
+        return None if self.dynamic_layer is None else self.dynamic_layer(x.flatten(0, 1))
+
+
+class _Stage:
+    """The rest of a stage, which begins with the RoI features: its weights, and its steps as functions of them."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: SparseRCNNConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        out_layer_rank: int | None,
+        fp8: bool,
+    ) -> None:
+        self.config, self.strides = config, stage.strides
+        own = _Weights(config, device, dtype)
+        interaction = stage.inst_interact
+        self.residual = interaction.residual
+        if config.interaction == "dynamic":
+            self.dynamic_norms = (*own.norm(interaction.norm1), *own.norm(interaction.norm2))
+            out_layer, out_norm = interaction.out_layer, interaction.norm3
+        else:
+            out_layer, out_norm = interaction.roi.out_layer, interaction.roi.norm
+        self.out_layer, self.out_norm = own.layer(out_layer, out_layer_rank, fp8), own.norm(out_norm)
+        if config.interaction == "concat":
+            self.merge, self.merge_norm = own.linear(interaction.merge), own.norm(interaction.norm)
+        self.norm2, self.norm3 = own.norm(stage.norm2), own.norm(stage.norm3)
+        self.linear1, self.linear2 = own.linear(stage.linear1), own.linear(stage.linear2)
+        self.cls_tower, self.reg_tower = own.tower(stage.cls_module), own.tower(stage.reg_module)
+        self.class_logits, self.bboxes_delta = own.linear(stage.class_logits), own.linear(stage.bboxes_delta)
 
     def interact(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor, parameters: Tensor | None) -> Tensor:
         """The interaction of x [B, N, C] with the boxes' RoI features and the FFN: [B, N, C]."""
@@ -209,11 +233,6 @@ class _Stage:
             clamp=clamp,
         )
         return refined.view_as(boxes)
-
-
-def _layers(tower: nn.Sequential) -> range:
-    """Where the linear layers stand: Linear, LayerNorm, ReLU, Linear..."""
-    return range(0, len(tower), 3)
 
 
 def _run(tower: Sequence[tuple[Weights, Norm]], x: Tensor) -> Tensor:

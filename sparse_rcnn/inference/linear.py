@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparse_rcnn.onednn import linear
+from sparse_rcnn.onednn import linear, packed
 
 FP8 = torch.float8_e4m3fn
 _FP8_MULTIPLE = 16  # that a GPU's matrix product of this type asks of both sides of the weight
@@ -20,7 +20,8 @@ class Dense:
     """``linear`` with its weights bound.
 
     Args:
-        weight, bias: [Co, Ci], and [Co] or None, of the device and the type of the computation.
+        weight, bias: [Co, Ci], or what :func:`~sparse_rcnn.onednn.packed` made of it, and [Co] or None; of the device
+            and the type of the computation.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -37,7 +38,7 @@ class Fp8:
     same sums, slowly.
 
     Args:
-        weight, bias: as of :class:`Dense`.
+        weight, bias: as of :class:`Dense`, the weight in rows.
 
     Raises:
         ValueError: on a GPU, a side of the weight that is not a multiple of 16.
@@ -94,15 +95,19 @@ def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()
 
 
-def make_layer(layer: nn.Linear, device: torch.device, dtype: torch.dtype, rank: int | None, fp8: bool) -> Layer:
-    """What ``layer`` computes, in ``dtype`` on ``device``; of reduced rank and in 8 bits if asked for.
+def make_layer(
+    layer: nn.Linear, device: torch.device, dtype: torch.dtype, rows: int, rank: int | None, fp8: bool
+) -> Layer:
+    """What ``layer`` computes of some ``rows`` rows, in ``dtype`` on ``device``; of reduced rank and in 8 bits if asked
+    for.
 
-    Weights that have the type and the device already are shared, unless they are changed.
+    On a GPU, weights that have the type and the device already are shared, unless they are changed.
     """
     kind = Fp8 if fp8 else Dense
     weights = [layer.weight.detach()] if rank is None else [*reversed(low_rank(layer.weight, rank))]
     bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
     weights = [weight.to(device, torch.float32 if fp8 else dtype) for weight in weights]
+    weights = weights if fp8 else [packed(weight, rows) for weight in weights]
     last = kind(weights[-1], bias)
     return last if rank is None else InTurn(kind(weights[0], None), last)
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import gc
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,10 @@ class OptimizedSparseRCNN:
 
     BatchNorm is folded, activations and residual sums are fused to their convolutions, tensors are channels-last, what
     depends on no image is computed once, and of the class towers only the last one runs. On a GPU each shape of batch
-    runs as one CUDA graph from 8-bit pixels to detections. The weights of the original's head that have the right type
-    and device are shared with it, and it may not change any more; one tells so by :class:`StaleWeightsError`. It is not
-    kept: who has no further use for it and lets it go saves the memory of its backbone.
+    runs as one CUDA graph from 8-bit pixels to detections; weights of the original's head that have the right type are
+    shared with it. On a CPU oneDNN's order of them is another. The original may not change any more; one tells so by
+    :class:`StaleWeightsError`. It is not kept: who has no further use for it and lets it go saves its memory, on a GPU
+    that of its backbone.
 
     Args:
         model: the detector.
@@ -91,7 +92,10 @@ class OptimizedSparseRCNN:
         check_compression(out_layer_rank, self.config.hidden_dim, fp8, self.device)
         self._compression = {"out_layer_rank": out_layer_rank, "fp8": fp8}
         self._guard = WeightGuard(model)
-        with torch.inference_mode():
+        self._keeps_memory = keep_memory and self.device.type == "cpu"
+        if self._keeps_memory:
+            keep_freed_memory()
+        with torch.inference_mode(), _collecting_circles():  # tracing leaves some that hold the backbone
             backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
             head = InferenceHead(model, self.device, self.dtype, **self._compression)
         if compile:
@@ -103,11 +107,9 @@ class OptimizedSparseRCNN:
             self._uploads = Uploads(self.device) if on_gpu else contextlib.nullcontext  # gives images as they are
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
         self._most = batch_size if capture else None  # images at a time; None is any number
-        gc.collect()  # tracing leaves circles that hold the backbone
-        self._keeps_memory = keep_memory and self.device.type == "cpu"
         self._seen: set[tuple[int, int, int]] = set()  # shapes of batches that memory was kept of
         if self._keeps_memory:
-            keep_freed_memory()  # only now: what was needed to fold is given back
+            give_freed_memory_back()  # what was needed to fold
         for size in image_sizes:
             self.warm_up(size)
 
@@ -277,6 +279,20 @@ def _are_pixels(images: Sequence[Tensor]) -> bool:
         and 0 not in image.shape
         for image in images
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _collecting_circles() -> Iterator[None]:
+    """Free what is made inside and afterwards held by nothing but itself; looking at nothing else, which would take
+    longer than to make a detector."""
+    collects = gc.isenabled()
+    gc.disable()  # so that all of it stays in the youngest generation
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+    gc.collect(0)
 
 
 def _fused(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, str]:

@@ -88,7 +88,7 @@ def test_errors_of_a_detector_in_fp8(model):
     images = make_images((50, 64), (40, 90))
     exact = model.optimize()
     found = model.optimize(fp8=True)
-    assert found.report()["fp8"] and isinstance(found._program.head.stages[1].dynamic_layer, Fp8)
+    assert found.report()["fp8"] and isinstance(found._program.head.proposals[0].dynamic_layer, Fp8)
     assert torch.equal(found._program.head.first_parameters, exact._program.head.first_parameters)
     found, exact = (detector(images, return_stages=True) for detector in (found, exact))
     error = (found.logits - exact.logits).abs().mean((1, 2, 3)) / exact.logits.std()

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from sparse_rcnn.inference.convolution import Activation, FusedConv2d, fold_norm
 from sparse_rcnn.inference.fuse import fuse
 from sparse_rcnn.models.backbone import BackboneWithFPN
-from sparse_rcnn.onednn import has_onednn, linear
+from sparse_rcnn.onednn import has_onednn, linear, packed
 
 CPU = torch.device("cpu")
 
@@ -258,6 +258,19 @@ def test_linear(shape, bias, relu):
     torch.testing.assert_close(
         linear(x, weight, shift, relu).double(), expected.relu() if relu else expected, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.skipif(not has_onednn(torch.float32), reason="oneDNN's fused operators are not in this build")
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 100])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (33, 129), (256, 1024)])
+def test_linear_of_packed_weights(rows, inputs, outputs, bias, relu):
+    x, weight = torch.randn(2, rows, inputs), torch.randn(outputs, inputs)
+    shift = torch.randn(outputs) if bias else None
+    layout = packed(weight, 7)
+    assert layout.is_mkldnn
+    torch.testing.assert_close(linear(x, layout, shift, relu), linear(x, weight, shift, relu), rtol=1e-6, atol=1e-5)
 
 
 def convolve_and(relu_of, calls):

@@ -146,12 +146,16 @@ def test_two_processes_make_the_files_of_one(folder, tiny_weights):
 
 
 DYING = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 from sparse_rcnn import infer
 
 def record(self, detections, record=infer._Run._record):
     record(self, detections)
     if os.environ["RANK"] == "1" and self.images == 2:
+        other = Path("r.json.part0of2.jsonl")  # of a process that may still be starting
+        while not (other.exists() and other.stat().st_size):
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
 
 infer._Run._record = record

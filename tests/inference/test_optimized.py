@@ -111,11 +111,6 @@ def test_leaves_the_detector_as_it_is(model):
     assert_equal_detections(model(images), expected, atol=0)
 
 
-def test_weights_of_the_right_type_are_shared(model):
-    stage = model.optimize()._program.head.stages[1]
-    assert stage.dynamic_layer.weight.data_ptr() == model.head.stages[1].inst_interact.dynamic_layer.weight.data_ptr()
-
-
 @torch.inference_mode()
 def test_floating_images(model):
     images = [image / 255 for image in make_images((50, 64), (40, 90))]
@@ -251,6 +246,8 @@ def test_memory_is_given_back_once_a_shape(model, monkeypatch):
     given_back = []
     monkeypatch.setattr("sparse_rcnn.inference.optimized.give_freed_memory_back", lambda: given_back.append(1))
     optimized, small, large = model.optimize(), make_images((40, 60)), make_images((64, 96))
+    assert len(given_back) == 1  # of what was needed to fold
+    given_back.clear()
     counts = []
     for images in (small, small, large, small * 2, large, small * 2):
         optimized(images)
@@ -333,6 +330,15 @@ def test_without_onednn_the_ordinary_operators_serve(model, monkeypatch):
     optimized = model.optimize()
     assert called
     assert_equal_detections(optimized(images), model(images))
+    layer, given = optimized._program.head.proposals[0].dynamic_layer, model.head.stages[1].inst_interact.dynamic_layer
+    assert layer.weight.data_ptr() == given.weight.data_ptr()  # of the right type and in the right order: shared
+
+
+@pytest.mark.skipif(not onednn.has_onednn(torch.float32), reason="oneDNN's fused operators are not in this build")
+def test_weights_are_in_the_order_of_onednn(model):
+    head = model.optimize()._program.head
+    assert all(own.in_proj[0].is_mkldnn and own.dynamic_layer.weight.is_mkldnn for own in head.proposals)
+    assert all(stage.out_layer.weight.is_mkldnn and stage.linear1[0].is_mkldnn for stage in head.stages)
 
 
 @pytest.mark.parametrize(
