@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from sparse_rcnn.weights.pickles import NUMPY, TRAINER_LOGS, PickledArray, check_tuples, read_pickle
@@ -51,7 +51,8 @@ def safe_load(path: str | os.PathLike[str], what: str = "a checkpoint") -> dict[
 def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return load_file(path, backend="pread")  # a mapped file that changes would change the weights with it
+        with safe_open(path, framework="pt") as file:  # mapped, and copied: a file that changes changes nothing here
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if suffix == ".pkl":
         with open(path, "rb") as file:
             return read_pickle(file)
