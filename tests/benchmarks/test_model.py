@@ -134,10 +134,11 @@ def test_ratios_are_of_the_same_round():
 
 def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(monkeypatch):
     class Process:
-        alive, start_up = 0, 1.0
+        alive = 0
 
         def __init__(self, name, batches):
             self.batches, self.speed, self.asked = batches, speeds.get(name, 1), 0
+            self.start_up = next(start_ups[name])
 
         def ask(self, message):
             if message == "parts":
@@ -162,6 +163,7 @@ def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(mon
 
     monkeypatch.setattr(benchmark, "start", start)
     speeds = {"reference": 1, "native kernels": 3, "optimized, float32": 2, model_worker.AUTOCAST: 4}
+    start_ups = {name: iter((9.0, 3.0, 5.0 + speed, 99.0)) for name, speed in speeds.items()}
     report = benchmark.measure("small", torch.device("cpu"), (64, 96), [1, 4, 16, 32], 2, list(speeds))
     found = {name: figures["parts"] for name, figures in report["implementations"].items()}
     assert list(found["native kernels"]) == ["whole", "whole x4"]
@@ -174,6 +176,10 @@ def test_on_a_cpu_large_batches_are_timed_one_implementation_after_the_other(mon
         assert parts["whole x16"]["median"] == (16 + 2.5 / 1024) / speed
         assert parts["whole x32"]["median"] == (32 + 5.5 / 1024) / speed
     assert report["implementations"]["optimized, float32"]["ratios"] == dict.fromkeys(parts, 2.0)
+    # Of three starts, not of one more for the large batches.
+    assert {name: report["implementations"][name]["start_up_s"] for name in speeds} == {
+        name: min(9.0, 5.0 + speed) for name, speed in speeds.items()
+    }
 
 
 def test_compression_reports_errors_and_times():
