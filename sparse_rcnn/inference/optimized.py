@@ -92,9 +92,6 @@ class OptimizedSparseRCNN:
         check_compression(out_layer_rank, self.config.hidden_dim, fp8, self.device)
         self._compression = {"out_layer_rank": out_layer_rank, "fp8": fp8}
         self._guard = WeightGuard(model)
-        self._keeps_memory = keep_memory and self.device.type == "cpu"
-        if self._keeps_memory:
-            keep_freed_memory()
         with torch.inference_mode(), _collecting_circles():  # tracing leaves some that hold the backbone
             backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
             head = InferenceHead(model, self.device, self.dtype, **self._compression)
@@ -107,9 +104,10 @@ class OptimizedSparseRCNN:
             self._uploads = Uploads(self.device) if on_gpu else contextlib.nullcontext  # gives images as they are
         self._buckets = Buckets(self._program, capture, self.device, batch_size) if capture else None
         self._most = batch_size if capture else None  # images at a time; None is any number
+        self._keeps_memory = keep_memory and self.device.type == "cpu"
         self._seen: set[tuple[int, int, int]] = set()  # shapes of batches that memory was kept of
         if self._keeps_memory:
-            give_freed_memory_back()  # what was needed to fold
+            keep_freed_memory()  # only now: what was needed to fold is given back
         for size in image_sizes:
             self.warm_up(size)
 

@@ -246,8 +246,6 @@ def test_memory_is_given_back_once_a_shape(model, monkeypatch):
     given_back = []
     monkeypatch.setattr("sparse_rcnn.inference.optimized.give_freed_memory_back", lambda: given_back.append(1))
     optimized, small, large = model.optimize(), make_images((40, 60)), make_images((64, 96))
-    assert len(given_back) == 1  # of what was needed to fold
-    given_back.clear()
     counts = []
     for images in (small, small, large, small * 2, large, small * 2):
         optimized(images)
