@@ -107,8 +107,8 @@ class _Operations(fx.Interpreter):
         if n.op in ("call_module", "call_function") and isinstance(result, Tensor):
             inputs, _ = self.fetch_args_kwargs_from_env(n)
             layer = self.fetch_attr(n.target) if n.op == "call_module" else None
-            weights = layer.weight if isinstance(layer, FusedConv2d) else None
-            flops = 0 if weights is None else 2 * weights.numel() * result[:, 0].numel()
+            is_conv = isinstance(layer, FusedConv2d)
+            weights, flops = (layer.weight, 2 * layer.products * result[:, 0].numel()) if is_conv else (None, 0)
             tensors = [result, weights, *inputs]
             self.found.append((flops, sum(t.nbytes for t in tensors if isinstance(t, Tensor))))
         return result

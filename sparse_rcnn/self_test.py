@@ -337,6 +337,13 @@ def _set_focal_loss(random: _Random) -> Problem:
     return Problem(inputs | {"target_labels": random.integers(7, 2, 5)}, wrt=("logits",))
 
 
+def _winograd_conv2d(random: _Random) -> Problem:
+    """In float32, the kernels' only type."""
+    inputs = {"x": random(2, 32, 9, 14), "bias": random(64), "residual": random(2, 64, 9, 14)}
+    inputs["weight"] = ops.winograd_weight(random(64, 32, 3, 3, scale=0.06).float())
+    return Problem({name: tensor.float() for name, tensor in inputs.items()} | {"relu": True}, wrt=())
+
+
 _PROBLEMS: dict[str, Callable[[_Random], Problem]] = {
     "add_layer_norm": _add_layer_norm,
     "apply_deltas": _apply_deltas,
@@ -349,4 +356,5 @@ _PROBLEMS: dict[str, Callable[[_Random], Problem]] = {
     "roi_dynamic_conv": _roi_dynamic_conv,
     "set_box_loss": _set_box_loss,
     "set_focal_loss": _set_focal_loss,
+    "winograd_conv2d": _winograd_conv2d,
 }

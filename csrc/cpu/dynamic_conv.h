@@ -9,13 +9,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
 #include "common/dynamic_conv_args.h"
 #include "cpu/isa.h"
+#include "cpu/thread_memory.h"
 
 namespace sparse_rcnn {
 
@@ -27,29 +26,6 @@ struct DynamicConvNorms {
   const A* weight2;  // [C]
   const A* bias2;
   A eps;
-};
-
-// Memory that the next RoI will use, in ranges, to be brought into the cache in the course of this
-// one, in this order; there may not be time for all of it.
-struct Ahead {
-  struct Range {
-    const char* next;
-    const char* end;
-  };
-  static constexpr int most = 40;
-  Range ranges[most];
-  int count;
-  int current;
-
-  Ahead() : count(0), current(0) {}
-
-  // Ranges beyond the most are dropped.
-  template <typename T>
-  void add(const T* first, int64_t length) {
-    if (count == most) return;
-    ranges[count++] = {reinterpret_cast<const char*>(first),
-                       reinterpret_cast<const char*>(first + length)};
-  }
 };
 
 // The kernels of one stored type T for the processor at hand.
@@ -95,20 +71,6 @@ class PaddedNorms {
  private:
   std::vector<A> values_[4];
   A eps_;
-};
-
-// Memory of one thread for the time of one call.
-class ThreadMemory {
- public:
-  explicit ThreadMemory(int64_t bytes) : data_(new (alignment) char[bytes]) {}
-  char* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t alignment{64};
-  struct Free {
-    void operator()(char* data) const { operator delete[](data, alignment); }
-  };
-  std::unique_ptr<char, Free> data_;
 };
 
 // make_work(), once a thread, gives work(roi, next), which is called for every RoI by whichever

@@ -17,13 +17,14 @@ from sparse_rcnn.models.traced import Tracer, calls, is_norm, is_plain_conv, mod
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
-def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype, winograd: bool = True) -> nn.Module:
     """What ``backbone`` computes in evaluation mode, with BatchNorm folded into convolutions, and activations and
     residual sums fused to them.
 
     Args:
         backbone: images [B, 3, H, W] -> a list of maps. It is left as it is; what is not folded is copied.
         device, dtype: of the result.
+        winograd: let :func:`~sparse_rcnn.ops.winograd_conv2d` serve where it does.
 
     Raises:
         Exception: whatever tracing raises for a backbone whose control flow depends on its input.
@@ -36,7 +37,7 @@ def fuse(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     _read_sizes_before(module)
     _fuse_activations(module)
     _fuse_sums(module)
-    _convert(module, device, dtype)
+    _convert(module, device, dtype, winograd)
     module.delete_all_unused_submodules()  # those that were folded are still the detector's
     module.graph.lint()
     module.recompile()
@@ -160,12 +161,15 @@ def _fuse_sums(module: fx.GraphModule) -> None:
         _fuse_activation(module, fused, modules)  # now, so that the next sum sees whose result this is
 
 
-def _convert(module: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> None:
-    """Give everything in the graph its device and type; what is shared with the detector is copied."""
+def _convert(module: fx.GraphModule, device: torch.device, dtype: torch.dtype, winograd: bool) -> None:
+    """Give everything in the graph its device, type and form; what is shared with the detector is copied."""
     modules = dict(module.named_modules())
     for target in {node.target for node in module.graph.nodes if node.op == "call_module"}:
         layer = modules[target]
-        if not isinstance(layer, FusedConv2d):
+        if isinstance(layer, FusedConv2d):
+            if winograd:
+                layer.use_winograd()
+        else:
             set_module(module, target, copy.deepcopy(layer).to(device, dtype, memory_format=torch.channels_last))
     for target in {node.target for node in module.graph.nodes if node.op == "get_attr"}:
         tensor = operator.attrgetter(target)(module).detach()

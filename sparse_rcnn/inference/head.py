@@ -44,8 +44,6 @@ class InferenceHead:
         self.config = model.config
         self.dtype = dtype
         stages = model.head.stages
-        self.proposals = [_Proposals(stage, model.config, device, dtype, fp8) for stage in stages[1:]]
-        self.stages = [_Stage(stage, model.config, device, dtype, out_layer_rank, fp8) for stage in stages]
         proposals = model.init_proposal_features.weight.detach()[None].to(device)  # [1, N, C]
         # In float32 whatever the type is: once and for all, so rounded once.
         first = _Proposals(stages[0], model.config, device, torch.float32, fp8=False)
@@ -53,6 +51,9 @@ class InferenceHead:
         parameters = first.generate(mixed)
         self.first_features = mixed.to(dtype)  # [1, N, C]
         self.first_parameters = None if parameters is None else parameters.to(dtype)  # [N, 2 * C * D]
+        del first  # before there is more
+        self.proposals = [_Proposals(stage, model.config, device, dtype, fp8) for stage in stages[1:]]
+        self.stages = [_Stage(stage, model.config, device, dtype, out_layer_rank, fp8) for stage in stages]
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(

@@ -93,7 +93,7 @@ class OptimizedSparseRCNN:
         self._compression = {"out_layer_rank": out_layer_rank, "fp8": fp8}
         self._guard = WeightGuard(model)
         with torch.inference_mode(), _collecting_circles():  # tracing leaves some that hold the backbone
-            backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype)
+            backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype, winograd=not compile)
             head = InferenceHead(model, self.device, self.dtype, **self._compression)
         if compile:
             backbone, self._backbone_note = compiled(backbone), f"{self._backbone_note}, compiled"
@@ -293,10 +293,10 @@ def _collecting_circles() -> Iterator[None]:
     gc.collect(0)
 
 
-def _fused(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, str]:
+def _fused(backbone: nn.Module, device: torch.device, dtype: torch.dtype, winograd: bool) -> tuple[nn.Module, str]:
     """``backbone`` fused, or as it is where that does not work; and which, in words."""
     try:
-        fused = fuse(backbone, device, dtype)
+        fused = fuse(backbone, device, dtype, winograd)
         error = _difference(backbone, fused, device, dtype)
         if error <= _FUSING_ERROR[dtype]:
             return fused, "fused"

@@ -19,6 +19,7 @@ from sparse_rcnn.ops.roi_dynamic_conv import roi_dynamic_conv, roi_dynamic_conv_
 from sparse_rcnn.ops.set_box_loss import set_box_loss, set_box_loss_reference
 from sparse_rcnn.ops.set_focal_loss import set_focal_loss, set_focal_loss_reference
 from sparse_rcnn.ops.shared_gradients import share_gradients
+from sparse_rcnn.ops.winograd_conv2d import winograd_conv2d, winograd_conv2d_reference, winograd_weight
 
 __all__ = [
     "add_layer_norm",
@@ -47,6 +48,9 @@ __all__ = [
     "set_focal_loss",
     "set_focal_loss_reference",
     "share_gradients",
+    "winograd_conv2d",
+    "winograd_conv2d_reference",
+    "winograd_weight",
 ]
 
 _library.load()

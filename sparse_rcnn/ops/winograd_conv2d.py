@@ -1,0 +1,107 @@
+"""3x3 convolutions in float32 with fewer products: Winograd's minimal filtering, for CPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_rcnn.ops import _library
+from sparse_rcnn.ops._check import check_dtype, check_same_device, check_shape
+
+POINTS = 16
+INPUTS, OUTPUTS = 16, 64  # Channels of input and output are multiples of these.
+_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def winograd_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """``conv2d(x) + bias + residual``, then ReLU if asked for: 3x3 taps, stride 1, a frame of zeros one cell wide.
+
+    In tiles of 2x2 cells with 16 products in place of 36; each is a sum over the input channels alone, so that the
+    result is nearer to the exact one than a direct convolution's.
+
+    Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, F(2x2, 3x3).
+
+    Args:
+        x: [B, Ci, H, W] float32, channels-last in memory (else it is copied); Ci a multiple of 16.
+        weight: [Co / 64, 16, Ci, 64] float32, made by :func:`winograd_weight`.
+        bias: [Co] or None.
+        residual: [B, Co, H, W] or None, channels-last.
+
+    Returns:
+        [B, Co, H, W], channels-last. Tensors that want gradients get them, from the reference.
+
+    Raises:
+        TypeError, ValueError: an argument of another shape, type or device.
+    """
+    _check(x, weight, bias, residual)
+    tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    native = None if trains else _library.kernels("winograd_conv2d", x.device)
+    if native is None:
+        return winograd_conv2d_reference(x, weight, bias, residual, relu)
+    residual = None if residual is None else residual.permute(0, 2, 3, 1)
+    return native.winograd_conv2d(x.permute(0, 2, 3, 1), weight, bias, residual, relu).permute(0, 3, 1, 2)
+
+
+def winograd_conv2d_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """The specification of :func:`winograd_conv2d`."""
+    back = torch.linalg.pinv(torch.tensor(_TRANSFORM, dtype=torch.float64)).to(weight)  # [3, 4]
+    points = weight.permute(0, 3, 2, 1).flatten(0, 1).unflatten(2, (4, 4))  # [Co, Ci, 4, 4]
+    result = F.conv2d(x, back @ points @ back.T, bias, padding=1)
+    result = result if residual is None else result + residual
+    return result.relu() if relu else result
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """The weights of a 3x3 convolution, [Co, Ci, 3, 3], as :func:`winograd_conv2d` takes them: [Co / 64, 16, Ci, 64].
+
+    Raises:
+        ValueError: Co is no multiple of 64, Ci none of 16, or these are not 3x3 taps.
+    """
+    check_shape("weight", weight, ("Co", "Ci", 3, 3))
+    if not suits_winograd(*weight.shape[:2]):
+        raise ValueError(
+            f"weight: expected Co a multiple of {OUTPUTS} and Ci of {INPUTS}, got shape {list(weight.shape)}"
+        )
+    transform = torch.tensor(_TRANSFORM, dtype=torch.float64, device=weight.device)
+    transform = torch.kron(transform, transform)  # [16, 9]
+    result = weight.new_empty(len(weight) // OUTPUTS, POINTS, weight.shape[1], OUTPUTS)
+    for points, some in zip(result, weight.split(OUTPUTS), strict=True):  # in float64, a part at a time
+        taps = some.double().permute(2, 3, 1, 0).reshape(9, -1)
+        points.copy_((transform @ taps).view_as(points))
+    return result
+
+
+def suits_winograd(outputs: int, inputs: int) -> bool:
+    """Whether the kernels take so many channels."""
+    return outputs > 0 and inputs > 0 and outputs % OUTPUTS == 0 and inputs % INPUTS == 0
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_shape("x", x, ("B", "Ci", "H", "W"))
+    check_shape("weight", weight, ("Co / 64", POINTS, x.shape[1], OUTPUTS))
+    outputs = OUTPUTS * weight.shape[0]
+    if not suits_winograd(outputs, x.shape[1]):
+        raise ValueError(f"x: expected a multiple of {INPUTS} channels, at least one, got {list(x.shape)}")
+    named = {"x": x, "weight": weight}
+    if bias is not None:
+        check_shape("bias", bias, (outputs,))
+        named["bias"] = bias
+    if residual is not None:
+        check_shape("residual", residual, (x.shape[0], outputs, *x.shape[2:]))
+        named["residual"] = residual
+    for name, tensor in named.items():
+        check_dtype(name, tensor, torch.float32)
+    check_same_device(**named)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:3], OUTPUTS * weight.shape[0])
+
+
+_library.declare("winograd_conv2d", fake=_fake)
