@@ -50,9 +50,7 @@ def winograd_conv2d_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """The specification of :func:`winograd_conv2d`."""
-    back = torch.linalg.pinv(torch.tensor(_TRANSFORM, dtype=torch.float64)).to(weight)  # [3, 4]
-    points = weight.permute(0, 3, 2, 1).flatten(0, 1).unflatten(2, (4, 4))  # [Co, Ci, 4, 4]
-    result = F.conv2d(x, back @ points @ back.T, bias, padding=1)
+    result = F.conv2d(x, direct_weight(weight), bias, padding=1)
     result = result if residual is None else result + residual
     return result.relu() if relu else result
 
@@ -75,6 +73,13 @@ def winograd_weight(weight: Tensor) -> Tensor:
         taps = some.double().permute(2, 3, 1, 0).reshape(9, -1)
         points.copy_((transform @ taps).view_as(points))
     return result
+
+
+def direct_weight(weight: Tensor) -> Tensor:
+    """The weights [Co, Ci, 3, 3] that :func:`winograd_weight` made these of."""
+    back = torch.linalg.pinv(torch.tensor(_TRANSFORM, dtype=torch.float64)).to(weight)  # [3, 4]
+    points = weight.permute(0, 3, 2, 1).flatten(0, 1).unflatten(2, (4, 4))  # [Co, Ci, 4, 4]
+    return back @ points @ back.T
 
 
 def suits_winograd(outputs: int, inputs: int) -> bool:
