@@ -52,13 +52,15 @@ void run(const WinogradSizes& sizes, int64_t images, const WinogradTensors& tens
 Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& residual, bool relu) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected shape [B, H, W, Ci], got ", shape_of(x));
-  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected shape [Co / 64, 16, Ci, 64], got ",
+  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected shape [Co / T, 16, Ci, T], got ",
                   shape_of(weight));
   const int64_t B = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3);
-  const int64_t K = weight.size(0) * kWinogradOutputs;
+  const int64_t T = weight.size(3), K = weight.size(0) * T;
   STD_TORCH_CHECK(C % kWinogradChannels == 0, "x: expected a multiple of ", kWinogradChannels,
                   " channels, got ", C);
-  check_shape("weight", weight, {-1, kWinogradPoints, C, kWinogradOutputs});
+  STD_TORCH_CHECK(T % kWinogradChannels == 0 && T > 0 && T <= kWinogradMostOutputs,
+                  "weight: expected 16, 32, 48 or 64 outputs together, got ", T);
+  check_shape("weight", weight, {-1, kWinogradPoints, C, T});
   if (bias.has_value()) check_shape("bias", *bias, {K});
   if (residual.has_value()) check_shape("residual", *residual, {B, H, W, K});
   const auto given = [](const char* name, const std::optional<Tensor>& tensor) {
@@ -71,7 +73,7 @@ Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const std::opt
   const auto data = [](const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
   };
-  run({H, W, C, K}, B,
+  run({H, W, C, K, T}, B,
       {.x = pixels.const_data_ptr<float>(),
        .weight = points.const_data_ptr<float>(),
        .bias = data(shift),

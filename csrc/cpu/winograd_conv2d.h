@@ -6,19 +6,20 @@
 namespace sparse_rcnn {
 
 constexpr int kWinogradPoints = 16;
-constexpr int64_t kWinogradOutputs = 64;  // that the weights lie together for
 constexpr int64_t kWinogradChannels = 16;  // whole vectors of any level
+constexpr int64_t kWinogradMostOutputs = 64;
 
 struct WinogradSizes {
   int64_t height;  // of x and of the result
   int64_t width;
   int64_t channels;
   int64_t outputs;
+  int64_t together;  // outputs, whose weights lie together: whole vectors, at most 64
 };
 
 struct WinogradTensors {
   const float* x;         // [B, H, W, Ci]
-  const float* weight;    // [Co / 64, 16, Ci, 64]
+  const float* weight;    // [Co / T, 16, Ci, T], T outputs together
   const float* bias;      // [Co], or null
   const float* residual;  // [B, H, W, Co], or null
   const float* zeros;     // [Ci]

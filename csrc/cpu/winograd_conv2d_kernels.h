@@ -14,7 +14,7 @@
 constexpr int64_t winograd_tiles = 4 * tile_rows<float>;
 
 static int64_t winograd_space(WinogradSizes sizes) {
-  return kWinogradPoints * winograd_tiles * (sizes.channels + kWinogradOutputs) * 4;
+  return kWinogradPoints * winograd_tiles * (sizes.channels + kWinogradMostOutputs) * 4;
 }
 
 // Where the cells of a tile lie.
@@ -61,15 +61,15 @@ static inline Vec<float> relu_if(bool relu, Vec<float> values) {
   return relu ? (Vec<float>{} > values ? Vec<float>{} : values) : values;
 }
 
-// 64 channels of the four results of a tile, A^T points A; null pointers are outside of the map.
+// Some outputs of the four cells of a tile, A^T points A; null pointers are outside of the map.
 struct TileResult {
   const float* residual[4];
   float* out[4];
 };
 
-static inline void transform_points(const float* points, int64_t step, const float* bias, bool relu,
-                                    const TileResult& result) {
-  for (int64_t c = 0; c < kWinogradOutputs; c += lanes<float>) {
+static inline void transform_points(const float* points, int64_t step, int64_t outputs,
+                                    const float* bias, bool relu, const TileResult& result) {
+  for (int64_t c = 0; c < outputs; c += lanes<float>) {
     Vec<float> rows[2][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -98,9 +98,9 @@ static inline void transform_points(const float* points, int64_t step, const flo
 // Computes `count` tiles from `first` on. Of `ahead` it has its own use.
 static void winograd_block(WinogradSizes sizes, const WinogradTensors& tensors, int64_t first,
                            int64_t count, Ahead& ahead, char* space) {
-  const int64_t C = sizes.channels, K = sizes.outputs;
+  const int64_t C = sizes.channels, K = sizes.outputs, T = sizes.together;
   float* points = reinterpret_cast<float*>(space);         // [16, count, C]
-  float* products = points + kWinogradPoints * count * C;  // [16, count, 64]
+  float* products = points + kWinogradPoints * count * C;  // [16, count, T]
   for (int64_t tile = 0; tile < count; ++tile) {
     const TilePlace place = tile_place(sizes, first + tile);
     const float* cells[kWinogradPoints];
@@ -112,19 +112,18 @@ static void winograd_block(WinogradSizes sizes, const WinogradTensors& tensors, 
     }
     transform_cells(cells, C, count * C, points + tile * C);
   }
-  const int64_t piece = C * kWinogradOutputs;  // of the weights: 64 outputs at one point
+  const int64_t piece = C * T;  // of the weights: those of T outputs at one point
   const float* weight = tensors.weight;
-  const float* end = weight + K / kWinogradOutputs * kWinogradPoints * piece;
-  for (int64_t k = 0; k < K; k += kWinogradOutputs) {
+  const float* end = weight + K / T * kWinogradPoints * piece;
+  for (int64_t k = 0; k < K; k += T) {
     for (int point = 0; point < kWinogradPoints; ++point, weight += piece) {
       const bool last = weight + piece == end;
       ahead.ranges[0] = {reinterpret_cast<const char*>(weight + piece),
                          reinterpret_cast<const char*>(weight + 2 * piece)};
       ahead.count = last ? 0 : 1;
       ahead.current = 0;
-      multiply<float>({points + point * count * C, C, 1}, {weight, kWinogradOutputs, 1}, count,
-                      kWinogradOutputs, C, ahead, products + point * count * kWinogradOutputs,
-                      kWinogradOutputs);
+      multiply<float>({points + point * count * C, C, 1}, {weight, T, 1}, count, T, C, ahead,
+                      products + point * count * T, T);
     }
     for (int64_t tile = 0; tile < count; ++tile) {
       const TilePlace place = tile_place(sizes, first + tile);
@@ -136,8 +135,8 @@ static void winograd_block(WinogradSizes sizes, const WinogradTensors& tensors, 
         result.out[cell] = tensors.out + offset;
         if (tensors.residual) result.residual[cell] = tensors.residual + offset;
       }
-      transform_points(products + tile * kWinogradOutputs, count * kWinogradOutputs,
-                       tensors.bias ? tensors.bias + k : nullptr, tensors.relu, result);
+      transform_points(products + tile * T, count * T, T, tensors.bias ? tensors.bias + k : nullptr,
+                       tensors.relu, result);
     }
   }
 }

@@ -10,7 +10,7 @@ from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._check import check_dtype, check_same_device, check_shape
 
 POINTS = 16
-INPUTS, OUTPUTS = 16, 64  # Channels of input and output are multiples of these.
+INPUTS, OUTPUTS = 16, 32  # Channels of input and output are multiples of these.
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
@@ -26,7 +26,7 @@ def winograd_conv2d(
 
     Args:
         x: [B, Ci, H, W] float32, channels-last in memory (else it is copied); Ci a multiple of 16.
-        weight: [Co / 64, 16, Ci, 64] float32, made by :func:`winograd_weight`.
+        weight: [Co / T, 16, Ci, T] float32, made by :func:`winograd_weight`.
         bias: [Co] or None.
         residual: [B, Co, H, W] or None, channels-last.
 
@@ -56,10 +56,12 @@ def winograd_conv2d_reference(
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
-    """The weights of a 3x3 convolution, [Co, Ci, 3, 3], as :func:`winograd_conv2d` takes them: [Co / 64, 16, Ci, 64].
+    """The weights of a 3x3 convolution, [Co, Ci, 3, 3], as :func:`winograd_conv2d` takes them: [Co / T, 16, Ci, T].
+
+    T, the output channels whose weights lie together, is 64, or 32 where 64 do not divide them.
 
     Raises:
-        ValueError: Co is no multiple of 64, Ci none of 16, or these are not 3x3 taps.
+        ValueError: Co is no multiple of 32, Ci none of 16, or these are not 3x3 taps.
     """
     check_shape("weight", weight, ("Co", "Ci", 3, 3))
     if not suits_winograd(*weight.shape[:2]):
@@ -68,8 +70,9 @@ def winograd_weight(weight: Tensor) -> Tensor:
         )
     transform = torch.tensor(_TRANSFORM, dtype=torch.float64, device=weight.device)
     transform = torch.kron(transform, transform)  # [16, 9]
-    result = weight.new_empty(len(weight) // OUTPUTS, POINTS, weight.shape[1], OUTPUTS)
-    for points, some in zip(result, weight.split(OUTPUTS), strict=True):  # in float64, a part at a time
+    together = OUTPUTS if len(weight) % (2 * OUTPUTS) else 2 * OUTPUTS
+    result = weight.new_empty(len(weight) // together, POINTS, weight.shape[1], together)
+    for points, some in zip(result, weight.split(together), strict=True):  # in float64, a part at a time
         taps = some.double().permute(2, 3, 1, 0).reshape(9, -1)
         points.copy_((transform @ taps).view_as(points))
     return result
@@ -89,8 +92,10 @@ def suits_winograd(outputs: int, inputs: int) -> bool:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     check_shape("x", x, ("B", "Ci", "H", "W"))
-    check_shape("weight", weight, ("Co / 64", POINTS, x.shape[1], OUTPUTS))
-    outputs = OUTPUTS * weight.shape[0]
+    check_shape("weight", weight, ("Co / T", POINTS, x.shape[1], "T"))
+    outputs = weight.shape[0] * weight.shape[3]
+    if weight.shape[3] not in (OUTPUTS, 2 * OUTPUTS):
+        raise ValueError(f"weight: expected one of winograd_weight's, got shape {list(weight.shape)}")
     if not suits_winograd(outputs, x.shape[1]):
         raise ValueError(f"x: expected a multiple of {INPUTS} channels, at least one, got {list(x.shape)}")
     named = {"x": x, "weight": weight}
@@ -106,7 +111,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:3], OUTPUTS * weight.shape[0])
+    return x.new_empty(*x.shape[:3], weight.shape[0] * weight.shape[3])
 
 
 _library.declare("winograd_conv2d", fake=_fake)

@@ -18,7 +18,7 @@ from sparse_rcnn.self_test import Specification
 # vector and of several, outputs of one piece of the weights and of several.
 MAPS = [(0, 4, 4), (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 3, 3), (1, 4, 5), (3, 5, 4), (1, 1, 70)]
 MAPS += [(1, 13, 16), (2, 14, 14), (1, 15, 33), (1, 40, 41)]
-SHAPES = [(*size, *channels) for size in MAPS for channels in ((16, 64), (48, 192), (256, 64))]
+SHAPES = [(*size, *channels) for size in MAPS for channels in ((16, 64), (48, 192), (96, 96), (256, 32))]
 
 
 def make(batch, height, width, inputs, outputs, seed=0):
@@ -158,10 +158,11 @@ def test_operator_is_registered_right():
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(2, 16, 5)}, ValueError, r"x: expected shape \[B, Ci, H, W\], got \[2, 16, 5\]"),
-        ({"x": torch.zeros(1, 32, 5, 6)}, ValueError, r"weight: expected shape \[Co / 64, 16, 32, 64\]"),
+        ({"x": torch.zeros(1, 32, 5, 6)}, ValueError, r"weight: expected shape \[Co / T, 16, 32, T\]"),
         ({"x": torch.zeros(1, 16, 5, 6).double()}, TypeError, "x: expected torch.float32, got torch.float64"),
         ({"bias": torch.zeros(63)}, ValueError, r"bias: expected shape \[64\], got \[63\]"),
         ({"residual": torch.zeros(1, 64, 5, 5)}, ValueError, r"residual: expected shape \[1, 64, 5, 6\]"),
+        ({"weight": torch.zeros(4, 16, 16, 16)}, ValueError, "weight: expected one of winograd_weight's"),
         ({"weight": torch.zeros(1, 16, 16, 64, device="meta")}, ValueError, "weight: expected it on cpu"),
         (
             {"x": torch.zeros(1, 8, 5, 6), "weight": torch.zeros(1, 16, 8, 64)},
@@ -175,7 +176,7 @@ def test_wrong_arguments(change, error, message):
         ops.winograd_conv2d(**(transformed(make(1, 5, 6, 16, 64)) | change))
 
 
-@pytest.mark.parametrize("shape", [(64, 16, 3), (63, 16, 3, 3), (64, 17, 3, 3), (64, 16, 5, 5), (64, 0, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 16, 3), (48, 16, 3, 3), (64, 17, 3, 3), (64, 16, 5, 5), (64, 0, 3, 3)], ids=str)
 def test_weights_that_do_not_suit(shape):
     with pytest.raises(ValueError, match="weight: expected"):
         ops.winograd_weight(torch.zeros(shape))
@@ -189,6 +190,9 @@ def test_weights_that_do_not_suit(shape):
         (0, (5, 6, 16), r"x: expected shape \[B, H, W, Ci\]"),
         (1, (1, 15, 16, 64), r"weight: expected shape \[any, 16, 16, 64\], got \[1, 15, 16, 64\]"),
         (1, (16, 16, 64), "weight: expected shape"),
+        (1, (1, 16, 16, 65), "weight: expected 16, 32, 48 or 64 outputs together, got 65"),
+        (1, (1, 16, 16, 128), "weight: expected 16, 32, 48 or 64 outputs together, got 128"),
+        (1, (1, 16, 16, 0), "weight: expected 16, 32, 48 or 64 outputs together, got 0"),
         (2, (65,), r"bias: expected shape \[64\], got \[65\]"),
         (3, (1, 6, 5, 64), r"residual: expected shape \[1, 5, 6, 64\]"),
     ],
