@@ -44,7 +44,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             bias = torch.randn(channels, generator=generator)
             return {"x": x, "weight": winograd_weight(weight), "bias": bias, "relu": True}
 
-        cells, tiles = height * width, -(-height // 2) * -(-width // 2)
+        cells, tiles = height * width, -(-height // 4) * -(-width // 4)
         peers = {"oneDNN": direct} if has_onednn(dtype) else {}
         yield Case(
             name=f"{name}: {channels} channels of {height}x{width}",
@@ -52,8 +52,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             reference=winograd_conv2d_reference,
             implementations={"native": native(winograd_conv2d), **peers},
             prepare={name: with_direct_weight for name in peers},
-            bytes={"forward": 4 * (2 * cells * channels + 16 * channels**2)},
-            flops={"forward": 2 * 16 * tiles * channels**2},
+            bytes={"forward": 4 * (2 * cells * channels + 36 * channels**2)},
+            flops={"forward": 2 * 36 * tiles * channels**2},
             headline=name in ("P2", "res4"),
         )
 

@@ -1,5 +1,5 @@
-// 3x3 convolutions by Winograd's minimal filtering, float32: 2.25 times fewer products than there
-// are, and sums of Ci terms in place of 9 * Ci, which are the more exact. Threads take one block of
+// 3x3 convolutions by Winograd's minimal filtering, float32: four times fewer products than there
+// are. Threads take one block of
 // tiles after the other; every sum is made in one order whatever the block, the batch and the
 // number of threads.
 #include "cpu/winograd_conv2d.h"
@@ -34,9 +34,10 @@ void run(const WinogradSizes& sizes, int64_t images, const WinogradTensors& tens
   const auto kernel = SPARSE_RCNN_BEST(winograd_block);
   const auto space = SPARSE_RCNN_BEST(winograd_space);
   const int64_t most = *SPARSE_RCNN_BEST(winograd_tiles);
-  const int64_t tiles = images * ((sizes.height + 1) / 2) * ((sizes.width + 1) / 2);
+  const int64_t tiles = images * ((sizes.height + 3) / 4) * ((sizes.width + 3) / 4);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t block = std::clamp((tiles + threads - 1) / threads, kLeastTiles, most);
+  const int64_t shares = threads * ((tiles + most * threads - 1) / (most * threads));
+  const int64_t block = std::clamp((tiles + shares - 1) / std::max(shares, int64_t{1}), kLeastTiles, most);
   const int64_t blocks = (tiles + block - 1) / block;
   std::atomic<int64_t> untaken{0};
   torch::stable::parallel_for(0, std::min(threads, blocks), 1, [&](int64_t, int64_t) {
@@ -52,7 +53,7 @@ void run(const WinogradSizes& sizes, int64_t images, const WinogradTensors& tens
 Tensor winograd_conv2d_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& residual, bool relu) {
   STD_TORCH_CHECK(x.dim() == 4, "x: expected shape [B, H, W, Ci], got ", shape_of(x));
-  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected shape [Co / T, 16, Ci, T], got ",
+  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected shape [Co / T, 36, Ci, T], got ",
                   shape_of(weight));
   const int64_t B = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3);
   const int64_t T = weight.size(3), K = weight.size(0) * T;

@@ -5,7 +5,8 @@
 
 namespace sparse_rcnn {
 
-constexpr int kWinogradPoints = 16;
+constexpr int kWinogradPoints = 36;  // of a tile
+constexpr int kWinogradCells = 16;   // of its result
 constexpr int64_t kWinogradChannels = 16;  // whole vectors of any level
 constexpr int64_t kWinogradMostOutputs = 64;
 
@@ -19,7 +20,7 @@ struct WinogradSizes {
 
 struct WinogradTensors {
   const float* x;         // [B, H, W, Ci]
-  const float* weight;    // [Co / T, 16, Ci, T], T outputs together
+  const float* weight;    // [Co / T, 36, Ci, T], T outputs together
   const float* bias;      // [Co], or null
   const float* residual;  // [B, H, W, Co], or null
   const float* zeros;     // [Ci]

@@ -1,10 +1,11 @@
 // A block of tiles of winograd_conv2d, for cpu/for_each_isa.h (its rules: cpu/isa.h). Needs
 // cpu/thread_memory.h and cpu/winograd_conv2d.h.
 //
-// F(2x2, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016: a tile
-// is 2 x 2 cells of the result and the 4 x 4 cells of x that they see. Transformed, both are of 16
-// points, and at each point the convolution is a product of matrices over the channels: 16 products
-// for 4 results instead of 36.
+// F(4x4, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016: a tile
+// is 4 x 4 cells of the result and the 6 x 6 cells of x that they see. Transformed, both are of 36
+// points, and at each point the convolution is a product of matrices over the channels: 36 products
+// for 16 results instead of 144. Lavin and Gray interpolate at 0, 1, -1, 2, -2 and infinity; at
+// 0, 2/3, -2/3, 3/2, -3/2 and infinity the error is half as large on average and a sixth at worst.
 #include "cpu/small_gemm_operands.h"
 // Second, as it uses the first.
 #include "cpu/small_gemm_kernels.h"
@@ -25,33 +26,57 @@ struct TilePlace {
 };
 
 static inline TilePlace tile_place(WinogradSizes sizes, int64_t tile) {
-  const int64_t across = (sizes.width + 1) / 2, down = (sizes.height + 1) / 2;
-  const int64_t row = tile / across, image = row / down, image_y = 2 * (row - image * down);
-  return {image * sizes.height + image_y, 2 * (tile - row * across), image_y};
+  const int64_t across = (sizes.width + 3) / 4, down = (sizes.height + 3) / 4;
+  const int64_t row = tile / across, image = row / down, image_y = 4 * (row - image * down);
+  return {image * sizes.height + image_y, 4 * (tile - row * across), image_y};
 }
 
-// points [16, C], `step` from one to the next, = B^T cells B, of the pixels' channels.
+// A point and its square; the other is its reciprocal, and so the product of their squares is 1.
+constexpr float kNear = 2.0f / 3, kNear2 = 4.0f / 9, kFar = 1.5f, kFar2 = 2.25f;
+
+// The products of B^T, [6, 6], and six vectors.
+static inline void interpolate(const Vec<float>* cells, Vec<float> (&points)[6]) {
+  const Vec<float> d0 = cells[0], d1 = cells[1], d2 = cells[2];
+  const Vec<float> d3 = cells[3], d4 = cells[4], d5 = cells[5];
+  const Vec<float> near_even = d4 - kFar2 * d2, near_odd = kNear * (d3 - kFar2 * d1);
+  const Vec<float> far_even = d4 - kNear2 * d2, far_odd = kFar * (d3 - kNear2 * d1);
+  points[0] = (d0 + d4) - (kNear2 + kFar2) * d2;
+  points[1] = near_even + near_odd;
+  points[2] = near_even - near_odd;
+  points[3] = far_even + far_odd;
+  points[4] = far_even - far_odd;
+  points[5] = (d1 + d5) - (kNear2 + kFar2) * d3;
+}
+
+// The products of A^T, [4, 6], and six vectors.
+static inline void evaluate(const Vec<float>* points, Vec<float> (&cells)[4]) {
+  const Vec<float> m1 = points[1], m2 = points[2], m3 = points[3], m4 = points[4];
+  const Vec<float> near_even = m1 + m2, near_odd = kNear * (m1 - m2);
+  const Vec<float> far_even = m3 + m4, far_odd = kFar * (m3 - m4);
+  cells[0] = (near_even + far_even) + points[0];
+  cells[1] = near_odd + far_odd;
+  cells[2] = kNear2 * near_even + kFar2 * far_even;
+  cells[3] = (kNear2 * near_odd + kFar2 * far_odd) + points[5];
+}
+
+// points [36, C], `step` from one to the next, = B^T cells B, of the pixels' channels.
 static inline void transform_cells(const float* const (&cells)[kWinogradPoints], int64_t channels,
                                    int64_t step, float* points) {
   for (int64_t c = 0; c < channels; c += lanes<float>) {
     Vec<float> rows[kWinogradPoints];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vec<float> d0 = load(cells[j] + c), d1 = load(cells[4 + j] + c);
-      const Vec<float> d2 = load(cells[8 + j] + c), d3 = load(cells[12 + j] + c);
-      rows[j] = d0 - d2;
-      rows[4 + j] = d1 + d2;
-      rows[8 + j] = d2 - d1;
-      rows[12 + j] = d1 - d3;
+    for (int j = 0; j < 6; ++j) {
+      Vec<float> column[6], result[6];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) column[i] = load(cells[6 * i + j] + c);
+      interpolate(column, result);
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) rows[6 * i + j] = result[i];
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Vec<float>* row = rows + 4 * i;
-      float* out = points + 4 * i * step + c;
-      store(out, row[0] - row[2]);
-      store(out + step, row[1] + row[2]);
-      store(out + 2 * step, row[2] - row[1]);
-      store(out + 3 * step, row[1] - row[3]);
+    for (int i = 0; i < 6; ++i) {
+      Vec<float> result[6];
+      interpolate(rows + 6 * i, result);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) store(points + (6 * i + j) * step + c, result[j]);
     }
   }
 }
@@ -61,31 +86,31 @@ static inline Vec<float> relu_if(bool relu, Vec<float> values) {
   return relu ? (Vec<float>{} > values ? Vec<float>{} : values) : values;
 }
 
-// Some outputs of the four cells of a tile, A^T points A; null pointers are outside of the map.
+// Some outputs of the cells of a tile, A^T points A; null pointers are outside of the map.
 struct TileResult {
-  const float* residual[4];
-  float* out[4];
+  const float* residual[kWinogradCells];
+  float* out[kWinogradCells];
 };
 
 static inline void transform_points(const float* points, int64_t step, int64_t outputs,
                                     const float* bias, bool relu, const TileResult& result) {
   for (int64_t c = 0; c < outputs; c += lanes<float>) {
-    Vec<float> rows[2][4];
+    Vec<float> rows[4 * 6];
+    for (int j = 0; j < 6; ++j) {
+      Vec<float> column[6], cells[4];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) column[i] = load(points + (6 * i + j) * step + c);
+      evaluate(column, cells);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vec<float> m0 = load(points + j * step + c), m1 = load(points + (4 + j) * step + c);
-      const Vec<float> m2 = load(points + (8 + j) * step + c), m3 = load(points + (12 + j) * step + c);
-      rows[0][j] = m0 + m1 + m2;
-      rows[1][j] = m1 - m2 - m3;
+      for (int i = 0; i < 4; ++i) rows[6 * i + j] = cells[i];
     }
     const Vec<float> shift = bias ? load(bias + c) : Vec<float>{};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const Vec<float>* row = rows[i];
-      const Vec<float> values[2] = {row[0] + row[1] + row[2], row[1] - row[2] - row[3]};
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const int cell = 2 * i + j;
+    for (int i = 0; i < 4; ++i) {
+      Vec<float> values[4];
+      evaluate(rows + 6 * i, values);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int cell = 4 * i + j;
         if (!result.out[cell]) continue;
         Vec<float> value = values[j] + shift;
         if (result.residual[cell]) value += load(result.residual[cell] + c);
@@ -99,13 +124,13 @@ static inline void transform_points(const float* points, int64_t step, int64_t o
 static void winograd_block(WinogradSizes sizes, const WinogradTensors& tensors, int64_t first,
                            int64_t count, Ahead& ahead, char* space) {
   const int64_t C = sizes.channels, K = sizes.outputs, T = sizes.together;
-  float* points = reinterpret_cast<float*>(space);         // [16, count, C]
-  float* products = points + kWinogradPoints * count * C;  // [16, count, T]
+  float* points = reinterpret_cast<float*>(space);         // [36, count, C]
+  float* products = points + kWinogradPoints * count * C;  // [36, count, T]
   for (int64_t tile = 0; tile < count; ++tile) {
     const TilePlace place = tile_place(sizes, first + tile);
     const float* cells[kWinogradPoints];
     for (int cell = 0; cell < kWinogradPoints; ++cell) {
-      const int64_t dy = cell / 4 - 1, x = place.x + cell % 4 - 1, y = place.image_y + dy;
+      const int64_t dy = cell / 6 - 1, x = place.x + cell % 6 - 1, y = place.image_y + dy;
       const bool inside = y >= 0 && y < sizes.height && x >= 0 && x < sizes.width;
       const int64_t pixel = (place.y + dy) * sizes.width + x;
       cells[cell] = inside ? tensors.x + pixel * C : tensors.zeros;
@@ -128,8 +153,8 @@ static void winograd_block(WinogradSizes sizes, const WinogradTensors& tensors, 
     for (int64_t tile = 0; tile < count; ++tile) {
       const TilePlace place = tile_place(sizes, first + tile);
       TileResult result = {};
-      for (int cell = 0; cell < 4; ++cell) {
-        const int64_t dy = cell / 2, x = place.x + cell % 2;
+      for (int cell = 0; cell < kWinogradCells; ++cell) {
+        const int64_t dy = cell / 4, x = place.x + cell % 4;
         if (place.image_y + dy >= sizes.height || x >= sizes.width) continue;
         const int64_t offset = ((place.y + dy) * sizes.width + x) * K + k;
         result.out[cell] = tensors.out + offset;

@@ -92,7 +92,7 @@ def test_equals_the_detector(changes):
     with ops.backend("reference"):
         exact = copy.deepcopy(model).double()(images, return_stages=True)
     errors = [(found.boxes - exact.boxes).abs().mean() for found in (got, want)]
-    assert errors[0] <= 3 * errors[1]
+    assert errors[0] <= 4 * errors[1]
     torch.testing.assert_close(got.proposal_boxes, want.proposal_boxes)
     assert any(len(found["scores"]) > 0 for found in want.detections)
     assert_equal_detections(got.detections, want.detections, atol=1e-2)
