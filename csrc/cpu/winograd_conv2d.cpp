@@ -1,7 +1,6 @@
 // 3x3 convolutions by Winograd's minimal filtering, float32: four times fewer products than there
-// are. Threads take one block of
-// tiles after the other; every sum is made in one order whatever the block, the batch and the
-// number of threads.
+// are. Threads take one block of tiles after the other; every sum is made in one order whatever the
+// block, the batch and the number of threads.
 #include "cpu/winograd_conv2d.h"
 
 #include <torch/csrc/stable/library.h>
@@ -35,9 +34,11 @@ void run(const WinogradSizes& sizes, int64_t images, const WinogradTensors& tens
   const auto space = SPARSE_RCNN_BEST(winograd_space);
   const int64_t most = *SPARSE_RCNN_BEST(winograd_tiles);
   const int64_t tiles = images * ((sizes.height + 3) / 4) * ((sizes.width + 3) / 4);
+  if (tiles == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t shares = threads * ((tiles + most * threads - 1) / (most * threads));
-  const int64_t block = std::clamp((tiles + shares - 1) / std::max(shares, int64_t{1}), kLeastTiles, most);
+  // As many blocks for every thread: the last ones would wait for one that has more.
+  const int64_t even = threads * ((tiles + most * threads - 1) / (most * threads));
+  const int64_t block = std::clamp((tiles + even - 1) / even, kLeastTiles, most);
   const int64_t blocks = (tiles + block - 1) / block;
   std::atomic<int64_t> untaken{0};
   torch::stable::parallel_for(0, std::min(threads, blocks), 1, [&](int64_t, int64_t) {
