@@ -95,6 +95,7 @@ class OptimizedSparseRCNN:
         self._guard = WeightGuard(model)
         with torch.inference_mode(), _collecting_circles():  # tracing leaves some that hold the backbone
             backbone, self._backbone_note = _fused(model.backbone, self.device, self.dtype, winograd=not compile)
+            give_freed_memory_back()  # what was needed to fold, before the most is taken
             head = InferenceHead(model, self.device, self.dtype, **self._compression)
         if compile:
             backbone, self._backbone_note = compiled(backbone), f"{self._backbone_note}, compiled"

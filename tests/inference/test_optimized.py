@@ -248,14 +248,15 @@ def test_the_detector_is_not_kept():
 @torch.inference_mode()
 def test_memory_is_given_back_once_a_shape(model, monkeypatch):
     given_back = []
+    optimized, plain = model.optimize(), model.optimize(keep_memory=False)
+    small, large = make_images((40, 60)), make_images((64, 96))
     monkeypatch.setattr("sparse_rcnn.inference.optimized.give_freed_memory_back", lambda: given_back.append(1))
-    optimized, small, large = model.optimize(), make_images((40, 60)), make_images((64, 96))
     counts = []
     for images in (small, small, large, small * 2, large, small * 2):
         optimized(images)
         counts.append(len(given_back))
     assert counts == [1, 1, 2, 3, 3, 3]
-    model.optimize(keep_memory=False)(small)
+    plain(small)
     assert len(given_back) == 3
 
 
