@@ -97,7 +97,7 @@ SPARSE_RCNN_LIBRARY(SPARSE_RCNN_NAMESPACE, m) {
       "normalize_pad(Tensor[] images, Tensor sizes, int height, int width, float[] mean, "
       "float[] std, ScalarType dtype) -> Tensor");
 
-  // x [B, H, W, Ci], weight [Co / T, 16, Ci, T] of points, T <= 64, bias [Co], residual [B, H, W, Co]
+  // x [B, H, W, Ci], weight [Co / T, 36, Ci, T] of points, T <= 64, bias [Co], residual [B, H, W, Co]
   // -> relu(conv3x3(x) + bias + residual), [B, H, W, Co]; relu if asked for
   m.def(
       "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor");

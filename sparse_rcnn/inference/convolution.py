@@ -110,12 +110,10 @@ class FusedConv2d(nn.Module):
         few."""
         geometry = (self.kernel, self.stride, self.dilation, self.padding, self.groups)
         fits = geometry == ([3, 3], [1, 1], [1, 1], [1, 1], 1) and suits_winograd(*self.weight.shape[:2])
-        fits = (
-            fits
-            and self.weight.numel() <= _MOST_WEIGHTS
-            and (self.activation is None or self.activation.name == "relu")
-        )
-        if fits and has_winograd() and not self.weight.is_cuda and self.weight.dtype == torch.float32:
+        fits = fits and self.weight.numel() <= _MOST_WEIGHTS
+        if not fits or not has_winograd() or self.weight.is_cuda or self.weight.dtype != torch.float32:
+            return
+        if self.activation is None or self.activation.name == "relu":
             self.weight, self.winograd = winograd_weight(self.weight), True
 
     @property
