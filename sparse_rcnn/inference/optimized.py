@@ -43,8 +43,8 @@ class OptimizedSparseRCNN:
     depends on no image is computed once, and of the class towers only the last one runs. On a GPU each shape of batch
     runs as one CUDA graph from 8-bit pixels to detections; weights of the original's head that have the right type are
     shared with it. On a CPU oneDNN's order of them is another, and in float32 Winograd's filtering computes most 3x3
-    convolutions. The original may not change any more; one tells so by :class:`StaleWeightsError`. It is not kept: who has no further use for it and lets it go saves its memory, on a GPU
-    that of its backbone.
+    convolutions. The original may not change any more; one tells so by :class:`StaleWeightsError`. It is not kept: who
+    has no further use for it and lets it go saves its memory, on a GPU that of its backbone.
 
     Args:
         model: the detector.
