@@ -240,7 +240,7 @@ class Trainer:
         self.reports.add(self.step, image_ids, self.plain_step)
 
     def save(self, keep: bool = False) -> None:
-        """Write ``last.pt`` and ``model/``, and with ``keep`` a checkpoint named by the step, which stays.
+        """Write ``last.pt`` and ``model/``, and with ``keep`` first a checkpoint named by the step, which stays.
 
         The main process does; the others have nothing to add.
         """
@@ -258,9 +258,9 @@ class Trainer:
             "model_config": self.model.config.to_dict(),
             "train_config": dataclasses.asdict(self.given),
         }
-        save_checkpoint(self.checkpoint_path, state)
-        if keep:
+        if keep:  # before last.pt: a run killed in between goes on from before this step, and writes it again
             save_checkpoint(self.output / f"step_{self.step:08d}.pt", state)
+        save_checkpoint(self.checkpoint_path, state)
         self.save_model()
 
     def save_model(self) -> None:

@@ -52,7 +52,7 @@ def kill_savers(index: int, config: TrainConfig, kills: int) -> None:
     trainer = Trainer(TrainConfig(**{**vars(config), "resume": True}))
     output = trainer.output
     seconds = timed(lambda: save(trainer, 1))
-    moments, last, hits, between = random.Random(0), 1, 0, 0
+    moments, last, hits, between, early = random.Random(0), 1, 0, 0, 0
     for _ in range(kills):
         begun, begin = os.pipe()
         child = fork(lambda first=last + 1, begin=begin: save_for_ever(trainer, first, begin))
@@ -68,14 +68,17 @@ def kill_savers(index: int, config: TrainConfig, kills: int) -> None:
         os.close(begun)
         os.close(begin)
         hits += any(path.name.startswith(".") for path in output.rglob("*"))
-        step, model_step = look(output)
+        step, model_step, kept = look(output)
+        due = {n for n in range(last + 1, step + 1) if n % KEEP == 0}
+        early += kept > due
+        assert kept in (due, due | {step + 1}), (last, step, kept)
         assert step >= last and model_step in (step - 1, step), (last, step, model_step)
         between += model_step < step
         last = step
         for folder in (output, output / "model"):  # as the next start does
             remove_leftovers(folder)
-    # The kills came after whole checkpoints, while files were written, and between the two files that belong together.
-    assert last > kills / 4 and hits > kills / 10 and between > 0, (last, hits, between)
+    # The kills came after whole checkpoints, while files were written, and between those that belong together.
+    assert last > kills / 4 and hits > kills / 10 and between > 0 and early > 0, (last, hits, between, early)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -106,17 +109,18 @@ def save_for_ever(trainer: Trainer, first: int, begin: int) -> int:
         save(trainer, step)
 
 
-def look(output: Path) -> tuple[int, int]:
-    """The steps of ``last.pt`` and of ``model/``; whatever there is must be of one step each."""
+def look(output: Path) -> tuple[int, int, set[int]]:
+    """The steps of ``last.pt``, of ``model/`` and of the kept checkpoints; each file must be of one step."""
     state = load_checkpoint(output / "last.pt")
     assert_is_of_step(state, state["step"])
-    for path in output.glob("step_*.pt"):
-        assert_is_of_step(load_checkpoint(path), int(path.stem.removeprefix("step_")))
+    kept = {int(path.stem.removeprefix("step_")): path for path in output.glob("step_*.pt")}
+    for step, path in kept.items():
+        assert_is_of_step(load_checkpoint(path), step)
         path.unlink()
     read_config(output / "model" / "config.json")
     weights = load_file(output / "model" / "model.safetensors")
     (model_step,) = {value for tensor in weights.values() for value in (tensor.min().item(), tensor.max().item())}
-    return state["step"], int(model_step)
+    return state["step"], int(model_step), set(kept)
 
 
 def assert_is_of_step(state: dict, step: int) -> None:

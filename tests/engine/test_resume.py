@@ -129,6 +129,33 @@ def test_what_a_kill_left_half_done_is_put_right(quick_config, tmp_path):
     assert_same_models(output / "model", output / "last.pt")
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_kill_between_the_files_of_a_step_loses_none_of_them(quick_config, tmp_path, monkeypatch, written):
+    """The last step writes a kept checkpoint, last.pt and model/; it is killed when there are ``written`` of them."""
+    output, options = tmp_path / "run", {"steps": 4, "checkpoint_every": 1, "keep_every": 4}
+    run(quick_config(output=str(tmp_path / "whole"), **options))
+    trainer, replace, replaced = Trainer(quick_config(**options)), os.replace, []
+
+    def replace_or_die(source, target):
+        if trainer.step == 4 and len(replaced) == written:
+            raise Killed
+        replace(source, target)
+        replaced.extend([target] if trainer.step == 4 else [])
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_or_die)
+        trainer.run()
+    assert len(replaced) == written
+    run(quick_config(resume=True, **options))
+    assert_same_runs(tmp_path / "whole", output)
+    for name in ("model", "step_00000004.pt"):
+        assert_same_models(tmp_path / "whole" / name, output / name)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_saves_too(quick_config, tmp_path, number):
     """As a scheduler sends it to all processes of a job, and a terminal to those in the foreground."""
