@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import re
 import signal
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,7 +71,19 @@ def train_batches(
         collate_fn=_collate,
         worker_init_fn=_ignore_signals,
     )
-    return _raising(loader)
+    batches = _raising(loader)
+    atexit.register(_close, weakref.ref(batches))
+    return batches
+
+
+def _close(batches: weakref.ref[Generator[Any]]) -> None:
+    """End the workers before Python exits: it would send them SIGTERM, which they ignore, and wait for ever.
+
+    Batches that are still held then are those of a program that failed, by the traceback.
+    """
+    held = batches()
+    if held is not None:
+        held.close()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,6 +112,20 @@ def test_an_undecodable_file_is_named(tmp_path, workers):
 def test_bad_arguments_are_named_at_once(dataset, arguments, name):
     with pytest.raises(ValueError, match=f"^{name}: "):
         train_batches(**{"dataset": dataset, "transform": TRANSFORM, "batch_size": 1, "seed": 0, **arguments})
+
+
+def test_a_program_that_fails_with_workers_at_work_ends(dataset):
+    """Its batches are still held when Python exits, for the traceback holds them."""
+    program = f"""
+from sparse_rcnn.data.formats import open_dataset
+from sparse_rcnn.data.loader import train_batches
+from tests.data.test_loader import TRANSFORM
+batches = train_batches(open_dataset({str(dataset.source)!r}, "train"), TRANSFORM, 2, seed=0, workers=2)
+next(batches)
+raise KeyError("a mistake")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1 and ended.stderr.endswith("KeyError: 'a mistake'\n")
 
 
 class Shaped(Dataset):
