@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rcnn import ops
+from sparse_rcnn.losses.further_matches import further_matches
 from sparse_rcnn.losses.matcher import HungarianMatcher
 from sparse_rcnn.losses.targets import PackedTargets
 from sparse_rcnn.ops._check import nan_unless_finite
@@ -23,6 +24,12 @@ class SetCriterion(nn.Module):
         num_classes: foreground classes K.
         no_object_weight: weight of "no object" in the softmax loss.
         deep_supervision: a loss at every stage, or at the last alone.
+        match_iou: IoU from which an unmatched proposal is a further match of a target (see :func:`further_matches`);
+            None is none. The losses are divided by the number of boxes all the same, so that the gradient does not
+            depend on how a step is divided. Not for the softmax loss, whose divisor is of one match a box.
+
+    Raises:
+        ValueError: ``match_iou`` with softmax classification.
     """
 
     def __init__(
@@ -31,12 +38,16 @@ class SetCriterion(nn.Module):
         num_classes: int,
         no_object_weight: float = 0.1,
         deep_supervision: bool = True,
+        match_iou: float | None = None,
     ) -> None:
         super().__init__()
+        if match_iou is not None and matcher.classification != "focal":
+            raise ValueError(f"match_iou: expected None with {matcher.classification} classification, got {match_iou}")
         self.matcher = matcher
         self.num_classes = num_classes
         self.no_object_weight = no_object_weight
         self.deep_supervision = deep_supervision
+        self.match_iou = match_iou
 
     def forward(self, logits: Tensor, boxes: Tensor, targets: PackedTargets, image_sizes: Tensor) -> dict[str, Tensor]:
         """The weighted losses.
@@ -54,6 +65,8 @@ class SetCriterion(nn.Module):
         if not self.deep_supervision:
             logits, boxes = logits[-1:], boxes[-1:]
         matches = self.matcher(logits, boxes, targets, image_sizes)  # [S, B, M]
+        if self.match_iou is not None:
+            matches, targets = further_matches(matches, boxes, targets, self.match_iou)
         num_boxes = mean_box_count(targets.counts, boxes.dtype, targets.step_counts)
         class_weight, l1_weight, giou_weight = self.matcher.weights
         if self.matcher.classification == "focal":

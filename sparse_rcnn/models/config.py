@@ -62,6 +62,9 @@ class SparseRCNNConfig:
         class_weight, l1_weight, giou_weight: weights of the losses, and of the same terms of the matching cost.
         focal_alpha, focal_gamma: of the focal loss and the focal matching cost.
         no_object_weight: weight of the "no object" class in the softmax loss (as in DETR).
+        match_iou: in training a proposal that is nobody's match, and overlaps a box with at least this IoU, is a
+            further match of that box, above 0 to 1. None, the paper's way, is one match a box; it is for few images,
+            with ``nms`` and focal classification.
 
     Raises:
         ValueError: a field has a value that no detector can be built from.
@@ -99,6 +102,7 @@ class SparseRCNNConfig:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     no_object_weight: float = 0.1
+    match_iou: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("class_names", "delta_clamp", "pixel_mean", "pixel_std"):  # JSON has lists only
@@ -112,10 +116,12 @@ class SparseRCNNConfig:
             _check_integer(field, getattr(self, field), minimum=1)
         for field in ("num_cls_layers", "num_reg_layers"):
             _check_integer(field, getattr(self, field), minimum=0)
-        if self.nms is not None:
-            _check_number("nms", self.nms)
-            if not 0 < self.nms <= 1:
-                raise ValueError(f"nms: expected above 0 and at most 1, got {self.nms}")
+        for field in ("nms", "match_iou"):
+            value = getattr(self, field)
+            if value is not None:
+                _check_number(field, value)
+                if not 0 < value <= 1:
+                    raise ValueError(f"{field}: expected above 0 and at most 1, got {value}")
         if self.frozen_stages is not None:
             _check_integer("frozen_stages", self.frozen_stages, minimum=0)
         if self.hidden_dim % self.num_heads:

@@ -67,7 +67,7 @@ class SparseRCNN(nn.Module):
             *(config.focal_alpha, config.focal_gamma, config.classification),
         )
         self.criterion = SetCriterion(
-            matcher, config.num_classes, config.no_object_weight, deep_supervision=config.deep_supervision
+            *(matcher, config.num_classes, config.no_object_weight, config.deep_supervision, config.match_iou)
         )
 
     @classmethod

@@ -8,7 +8,7 @@ from sparse_rcnn.ops import _library
 from sparse_rcnn.ops._library import backend
 from sparse_rcnn.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from sparse_rcnn.ops.apply_deltas import apply_deltas, apply_deltas_reference
-from sparse_rcnn.ops.box_iou import generalized_iou, pairwise_generalized_iou
+from sparse_rcnn.ops.box_iou import generalized_iou, pairwise_generalized_iou, pairwise_iou
 from sparse_rcnn.ops.dynamic_conv import dynamic_conv, dynamic_conv_reference
 from sparse_rcnn.ops.linear_assignment import linear_assignment, linear_assignment_reference
 from sparse_rcnn.ops.matching_cost import matching_cost, matching_cost_reference
@@ -39,6 +39,7 @@ __all__ = [
     "normalize_pad",
     "normalize_pad_reference",
     "pairwise_generalized_iou",
+    "pairwise_iou",
     "refine_boxes",
     "refine_boxes_reference",
     "roi_dynamic_conv",

@@ -1,4 +1,4 @@
-"""Generalised intersection over union of boxes (Rezatofighi et al., CVPR 2019), in pairs and of all pairs."""
+"""IoU of boxes, plain and generalised (Rezatofighi et al., CVPR 2019), in pairs and of all pairs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,8 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or dtype.
     """
-    check_shape("others", others, tuple(boxes.shape))
-    check_shape("boxes", boxes, (*boxes.shape[:-1], 4))
-    check_floating("boxes", boxes)
-    dtype = torch.promote_types(boxes.dtype, torch.float32)
-    boxes, others = boxes.to(dtype), others.to(dtype)
-    areas = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:])
-    low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
-    intersection = _area(low, high)
-    union = areas - intersection
+    boxes, others = _checked(boxes, others)
+    intersection, union = _intersection_and_union(boxes, others)
     low, high = torch.minimum(boxes[..., :2], others[..., :2]), torch.maximum(boxes[..., 2:], others[..., 2:])
     hull = _area(low, high)
     return _share(intersection, union) - _share(hull - union, hull)
@@ -37,9 +30,36 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 def pairwise_generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """GIoU of every pair: boxes [..., N, 4] and others [..., M, 4] give [..., N, M]; see :func:`generalized_iou`."""
-    N, M = boxes.shape[-2], others.shape[-2]
-    shape = (*boxes.shape[:-2], N, M, 4)
-    return generalized_iou(boxes.unsqueeze(-2).expand(shape), others.unsqueeze(-3).expand(shape))
+    return generalized_iou(*_pairs(boxes, others))
+
+
+def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of every pair, in 0..1: boxes [..., N, 4] and others [..., M, 4] give [..., N, M].
+
+    Else as :func:`generalized_iou`.
+    """
+    return _share(*_intersection_and_union(*_checked(*_pairs(boxes, others))))
+
+
+def _pairs(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [..., N, M, 4] of both."""
+    shape = (*boxes.shape[:-1], others.shape[-2], 4)
+    return boxes.unsqueeze(-2).expand(shape), others.unsqueeze(-3).expand(shape)
+
+
+def _checked(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    check_shape("others", others, tuple(boxes.shape))
+    check_shape("boxes", boxes, (*boxes.shape[:-1], 4))
+    check_floating("boxes", boxes)
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    return boxes.to(dtype), others.to(dtype)
+
+
+def _intersection_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    areas = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:])
+    low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    intersection = _area(low, high)
+    return intersection, areas - intersection
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ CHANGED = SparseRCNNConfig(
     proposal_init="grid", self_attention=False, interaction="concat", classification="softmax",
     deep_supervision=False, backbone="resnet18", frozen_stages=0, level_rule="mmdet", delta_clamp=(-4.1, 4.1),
     pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0), min_size=100, max_size=200, nms=0.6, class_weight=1.0,
-    l1_weight=3.0, giou_weight=4.0, focal_alpha=0.5, focal_gamma=1.0, no_object_weight=0.2,
+    l1_weight=3.0, giou_weight=4.0, focal_alpha=0.5, focal_gamma=1.0, no_object_weight=0.2, match_iou=0.7,
 )  # fmt: skip
 
 
@@ -104,6 +104,8 @@ def test_integers_from_zero(field):
         ({"nms": 0}, "nms: expected above 0 and at most 1, got 0"),
         ({"nms": 1.01}, "nms: expected above 0 and at most 1, got 1.01"),
         ({"nms": "no"}, "nms: expected a number, got 'no'"),
+        ({"match_iou": 0.0}, "match_iou: expected above 0 and at most 1, got 0.0"),
+        ({"match_iou": True}, "match_iou: expected a number, got True"),
         ({"giou_weight": float("nan")}, "giou_weight: expected a number, got nan"),
         ({"self_attention": "no"}, "self_attention: expected true or false, got 'no'"),
         ({"delta_clamp": ("a", 2.0)}, "delta_clamp: expected a number, got 'a'"),

@@ -1,4 +1,4 @@
-"""Generalised IoU against torchvision's, and its bounds."""
+"""IoU and generalised IoU against torchvision's, and its bounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_rcnn.ops import generalized_iou, pairwise_generalized_iou
+from sparse_rcnn.ops import generalized_iou, pairwise_generalized_iou, pairwise_iou
 
 
 def make_boxes(*shape, seed=0, dtype=torch.float64):
@@ -23,6 +23,15 @@ def test_pairwise_equals_torchvision(N, M):
     boxes, others = make_boxes(N, seed=1), make_boxes(M, seed=2)
     expected = torchvision.ops.generalized_box_iou(boxes, others)
     torch.testing.assert_close(pairwise_generalized_iou(boxes, others), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        pairwise_iou(boxes, others), torchvision.ops.box_iou(boxes, others), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_pairwise_iou_of_boxes_without_area():
+    boxes = torch.tensor([[0.0, 0, 0, 0], [1, 1, 3, 3], [5, 5, 2, 2]])
+    expected = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    torch.testing.assert_close(pairwise_iou(boxes, boxes), expected, rtol=0, atol=0)
 
 
 def test_pairwise_with_leading_dimensions():
