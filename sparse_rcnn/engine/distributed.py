@@ -5,6 +5,7 @@ Without ``torchrun`` there is one process, every function here answers for it al
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -187,9 +188,11 @@ def replicate(model: nn.Module, unused_parameters: bool) -> nn.Module:
     """
     if world_size() == 1:
         return model
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until 2.11
     return nn.parallel.DistributedDataParallel(
         model,
-        broadcast_buffers=False,  # they are of frozen BatchNorm, and never change
+        **{sync: False},  # buffers are of frozen BatchNorm, and never change
         gradient_as_bucket_view=True,
         find_unused_parameters=unused_parameters,
     )
