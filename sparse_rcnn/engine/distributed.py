@@ -189,7 +189,7 @@ def replicate(model: nn.Module, unused_parameters: bool) -> nn.Module:
     if world_size() == 1:
         return model
     known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until 2.11
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
     return nn.parallel.DistributedDataParallel(
         model,
         **{sync: False},  # buffers are of frozen BatchNorm, and never change
