@@ -227,7 +227,8 @@ class Trainer:
             batches = prepare_step(self.model, images, targets, config.accumulate, shape)
         except (TypeError, ValueError) as error:
             raise self._error(self.step + 1, image_ids, str(error)) from error
-        factor = lr_factor(self.step, config.warmup_steps, config.warmup_factor, config.decay_steps)
+        warmup, decay = (config.warmup_steps, config.warmup_factor), (config.decay_steps, config.cooldown, config.steps)
+        factor = lr_factor(self.step, *warmup, *decay)
         set_lr(self.optimizer, factor)
         self.lr = self.optimizer.param_groups[-1]["base_lr"] * factor
         if self.graphed_step is None:
