@@ -54,7 +54,6 @@ class TrainConfig:
     warmup_factor: float = _option(0.01, "part of lr that warm-up starts from")
     decay_at: tuple[float, ...] = _option((), "parts of the run, 0 to 1, after which lr falls to a tenth")
     decay_steps: tuple[int, ...] | None = _option(None, "steps at which lr falls to a tenth, instead of decay_at")
-    cooldown: float = _option(0.0, "last part of the run, 0 to 1, over which lr falls evenly to nothing; 0 is none")
     clip_norm: float = _option(1.0, "largest gradient norm of the full model")
     ema_decay: float = _option(0.0, "moving average of the weights to evaluate and keep, as 0.9998; 0 is none")
     flip: float = _option(0.5, "probability of a horizontal flip")
@@ -96,8 +95,6 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if not all(0 < part <= 1 for part in self.decay_at):
             raise ValueError(f"decay_at: expected parts of the run, above 0 and at most 1, got {self.decay_at}")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown: expected a part of the run, 0 to 1, got {self.cooldown}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected at least 0 and below 1, got {self.ema_decay}")
         if self.batch_size % self.accumulate:

@@ -101,17 +101,12 @@ def lr_factor(
     warmup_steps: int = 1000,
     warmup_factor: float = 0.01,
     decay_steps: Sequence[int] = (),
-    cooldown: float = 0.0,
-    steps: int = 0,
 ) -> float:
     """What multiplies the base learning rate in the update that follows ``step`` completed ones.
 
-    Linear warm-up from ``warmup_factor`` at step 0 to 1 at ``warmup_steps``; a tenth from each decay step on; over the
-    last ``cooldown`` (0 to 1) of ``steps`` linearly to nothing.
+    Linear warm-up from ``warmup_factor`` at step 0 to 1 at ``warmup_steps``; a tenth from each decay step on.
     """
     factor = 0.1 ** sum(step >= decay_step for decay_step in decay_steps)
-    if cooldown:
-        factor *= min(1.0, max(0, steps - step) / (cooldown * steps))
     if step < warmup_steps:
         progress = step / warmup_steps
         factor *= warmup_factor * (1 - progress) + progress

@@ -46,8 +46,6 @@ def resolve(config: TrainConfig, model: SparseRCNNConfig, num_images: int) -> tu
     rule = f"{base_lr:.3g} for {config.base_batch} images"
     origin = f", from {rule}" if config.lr is None else ""
     falls = f", divided by 10 at steps {', '.join(map(str, decay_steps))}" if decay_steps else ""
-    if config.cooldown:
-        falls += f", falling to nothing from step {round((1 - config.cooldown) * steps)}"
     epochs = steps * batch / num_images
     notes = [
         f"schedule: {steps} steps of {batch} images ({epochs:.3g} epochs of {num_images}), learning rate {lr:.3g}"

@@ -227,8 +227,7 @@ class Trainer:
             batches = prepare_step(self.model, images, targets, config.accumulate, shape)
         except (TypeError, ValueError) as error:
             raise self._error(self.step + 1, image_ids, str(error)) from error
-        warmup, decay = (config.warmup_steps, config.warmup_factor), (config.decay_steps, config.cooldown, config.steps)
-        factor = lr_factor(self.step, *warmup, *decay)
+        factor = lr_factor(self.step, config.warmup_steps, config.warmup_factor, config.decay_steps)
         set_lr(self.optimizer, factor)
         self.lr = self.optimizer.param_groups[-1]["base_lr"] * factor
         if self.graphed_step is None:

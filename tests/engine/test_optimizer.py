@@ -62,15 +62,6 @@ def test_schedule_is_the_recipe_of_the_paper(step, factor):
     assert lr_factor(step, 1000, 0.01, (3000, 4000)) == pytest.approx(factor, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("step", "factor"),
-    [(0, 0.01), (1000, 1.0), (6000, 1.0), (6001, 0.99975), (7000, 0.75), (8000, 0.05), (9999, 2.5e-5), (10000, 0.0)],
-)
-def test_a_cooldown_ends_at_nothing(step, factor):
-    lr = lr_factor(step, 1000, 0.01, (8000,), cooldown=0.4, steps=10_000)
-    assert lr == pytest.approx(factor, rel=1e-12, abs=1e-12)
-
-
 def test_no_warm_up_starts_at_the_full_rate():
     assert lr_factor(0, warmup_steps=0) == 1.0
 

@@ -42,12 +42,6 @@ def test_parts_of_the_run_follow_given_steps():
     assert resolved(2, steps=90, decay_at=(0.5, 1.0))[0].decay_steps == (45, 90)
 
 
-def test_the_cooldown_is_told_and_part_of_the_run():
-    config, notes = resolved(2, steps=90, decay_at=(0.5,), cooldown=0.2, lr=2e-6, warmup_steps=1)
-    assert (config.cooldown, len(notes)) == (0.2, 1)
-    assert "learning rate 2e-06, divided by 10 at steps 45, falling to nothing from step 72" in notes[0]
-
-
 @pytest.mark.parametrize(
     ("epochs", "num_images", "batch", "steps"), [(1, 9, 4, 3), (2, 9, 4, 5), (0.1, 30, 1, 3), (1, 3, 16, 1)]
 )
@@ -95,7 +89,6 @@ def test_a_warm_up_without_an_end_is_warned_of():
         ({"base_lr": -1.0}, "base_lr: expected a positive number"),
         ({"base_batch": 0}, "base_batch: expected at least 1, got 0"),
         ({"decay_at": (0.5, 1.5)}, r"decay_at: expected parts of the run, above 0 and at most 1, got \(0.5, 1.5\)"),
-        ({"cooldown": 1.5}, "cooldown: expected a part of the run, 0 to 1, got 1.5"),
         ({"ema_decay": 1.0}, "ema_decay: expected at least 0 and below 1, got 1.0"),
     ],
 )

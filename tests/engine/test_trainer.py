@@ -68,13 +68,6 @@ def test_what_a_run_leaves_behind(tiny_config, scenes, capsys):
     assert "data: 6 images" in capsys.readouterr().out
 
 
-def test_a_run_cools_down_to_its_end(tiny_config):
-    config = tiny_config(steps=4, warmup_steps=0, cooldown=0.5)
-    Trainer(config).run()
-    rates = [record["lr"] for record in log_of(Path(config.output)) if record["kind"] == "train"]
-    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
-
-
 def test_training_goes_down_on_two_images(tiny_config, scenes, tmp_path):
     content = json.loads((scenes / "train.json").read_text(encoding="utf-8"))
     annotated = {annotation["image_id"] for annotation in content["annotations"]}
