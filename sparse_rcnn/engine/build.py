@@ -57,7 +57,8 @@ def _fine_tuned(path: str, class_names: tuple[str, ...], overrides: dict[str, An
         same = source.num_classes == len(class_names)
     else:
         same = tuple(source.class_names) == class_names
-    state_dict, fitted = fit_proposals(model, state_dict)
+    anew = model.config.proposal_init != source.proposal_init
+    state_dict, fitted = fit_proposals(model, state_dict, anew)
     fresh = load_finetune_weights(model, state_dict, reset_classes=not same)
     notes = [f"fine-tuning {path}", *fitted]
     if fresh:
@@ -68,20 +69,24 @@ def _fine_tuned(path: str, class_names: tuple[str, ...], overrides: dict[str, An
     return model, notes
 
 
-def fit_proposals(model: SparseRCNN, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def fit_proposals(
+    model: SparseRCNN, state_dict: dict[str, Tensor], anew: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of another number of proposals for the proposals of ``model``, and a line that says so.
 
-    Those that both have are taken in their order. What the model has more of keeps its fresh initialisation: boxes as
-    ``proposal_init`` says, features from the standard normal distribution.
+    Those that both have are taken in their order, or with ``anew`` none. What the model has more of keeps its fresh
+    initialisation: boxes as ``proposal_init`` says, features from the standard normal distribution.
     """
     fitted, own = dict(state_dict), model.state_dict()
     for name in ("init_proposal_boxes.weight", "init_proposal_features.weight"):
         given, fresh = state_dict.get(name), own[name]
         # Anything else that does not fit is for the loading of the weights to report.
         if given is not None and given.shape[1:] == fresh.shape[1:]:
-            common = min(len(given), len(fresh))
+            common = 0 if anew else min(len(given), len(fresh))
             fitted[name] = torch.cat([given[:common].to(fresh.dtype), fresh[common:]])
     given, wanted = len(state_dict.get("init_proposal_boxes.weight", ())), model.config.num_proposals
+    if given and anew:
+        return fitted, [f"proposals: all {wanted} start anew ({model.config.proposal_init} boxes, random features)"]
     if given in (0, wanted):
         return fitted, []
     if given > wanted:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_rcnn.engine import distributed
 from sparse_rcnn.engine.step import TrainStep
 from sparse_rcnn.losses import PackedTargets
+from sparse_rcnn.losses.denoising import NoisyProposals
 from sparse_rcnn.models.batch import SIZE_MULTIPLE, Batch, PaddedShape, round_up
 from sparse_rcnn.ops import _library
 
@@ -118,8 +119,10 @@ class GraphedStep:
 
     def _captured(self, batch: Batch) -> _Captured:
         """A graph for the shape of ``batch``, which it does not read."""
-        pixels, sizes, *targets = (torch.empty_like(tensor, device=self.step.device) for tensor in batch.tensors())
-        inputs = Batch(pixels, sizes, PackedTargets(*targets))
+        static = [torch.empty_like(tensor, device=self.step.device) for tensor in batch.tensors()]
+        pixels, sizes, labels, boxes, counts, *noisy = static
+        targets = PackedTargets(labels, boxes, counts)
+        inputs = Batch(pixels, sizes, targets, NoisyProposals(*noisy) if noisy else None)
         groups = self.step.optimizer.param_groups
         for group in groups:  # what torch wants to see set, and warns of outside of a capture; the kernels are the same
             group["capturable"] = True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_rcnn import ops
+from sparse_rcnn.losses.denoising import mended
 from sparse_rcnn.losses.further_matches import further_matches
 from sparse_rcnn.losses.matcher import HungarianMatcher
 from sparse_rcnn.losses.targets import PackedTargets
@@ -67,6 +69,41 @@ class SetCriterion(nn.Module):
         matches = self.matcher(logits, boxes, targets, image_sizes)  # [S, B, M]
         if self.match_iou is not None:
             matches, targets = further_matches(matches, boxes, targets, self.match_iou)
+        return self._of_pairs(logits, boxes, matches, targets, image_sizes)
+
+    def denoising(
+        self, logits: Tensor, boxes: Tensor, origins: Tensor, targets: PackedTargets, image_sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """The weighted losses of :class:`NoisyProposals`, which are matched already.
+
+        Args:
+            logits: [S, B, D, K].
+            boxes: [S, B, D, 4] xyxy in pixels.
+            origins: [B, D] int64, the target that each is to be mended to, -1 for one to be refused.
+            targets: of the B images, those that the proposals were made of.
+            image_sizes: [B, 2] (height, width).
+
+        Returns:
+            As :meth:`forward`, under the same names with ``_dn``; divided by the number of those to be mended.
+        """
+        if not self.deep_supervision:
+            logits, boxes = logits[-1:], boxes[-1:]
+        S, _, D, _ = logits.shape
+        index = torch.where(origins < 0, targets.labels.shape[1], origins)
+        wanted = PackedTargets(
+            F.pad(targets.labels, (0, 1)).gather(1, index),  # a column for those without a target
+            F.pad(targets.boxes, (0, 0, 0, 1)).gather(1, index.unsqueeze(-1).expand(-1, -1, 4)),
+            mended(targets.counts, D),
+            None if targets.step_counts is None else mended(targets.step_counts, D),
+        )
+        matches = torch.where(origins < 0, -1, torch.arange(D, device=origins.device)).repeat(S, 1, 1)
+        losses = self._of_pairs(logits.contiguous(), boxes.contiguous(), matches, wanted, image_sizes)
+        return {f"{name}_dn": loss for name, loss in losses.items()}
+
+    def _of_pairs(
+        self, logits: Tensor, boxes: Tensor, matches: Tensor, targets: PackedTargets, image_sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """The losses of given matches [S, B, M]."""
         num_boxes = mean_box_count(targets.counts, boxes.dtype, targets.step_counts)
         class_weight, l1_weight, giou_weight = self.matcher.weights
         if self.matcher.classification == "focal":

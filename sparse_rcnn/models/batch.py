@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_rcnn.losses import PackedTargets
+from sparse_rcnn.losses.denoising import NoisyProposals
 
 # Pixels: the largest stride, so that every level of the pyramid has whole cells.
 SIZE_MULTIPLE = 32
@@ -31,20 +32,24 @@ class Batch:
         pixels: [B, 3, H, W] RGB 0..255, uint8 or float32; the images are at the top left.
         sizes: [B, 2] (height, width) of the images in it, of the dtype that boxes have.
         targets: of the B images, the boxes of the dtype of ``sizes``.
+        noisy: further proposals made of the targets, or None.
     """
 
     pixels: Tensor
     sizes: Tensor
     targets: PackedTargets
+    noisy: NoisyProposals | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``; from pinned memory without a wait."""
         pixels, sizes = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.sizes))
-        return Batch(pixels, sizes, self.targets.to(device))
+        noisy = None if self.noisy is None else self.noisy.to(device)
+        return Batch(pixels, sizes, self.targets.to(device), noisy)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in one order."""
-        return self.pixels, self.sizes, self.targets.labels, self.targets.boxes, self.targets.counts
+        targets = self.targets.labels, self.targets.boxes, self.targets.counts
+        return self.pixels, self.sizes, *targets, *(() if self.noisy is None else self.noisy.tensors())
 
 
 def pad_images(

@@ -15,7 +15,7 @@ OFFICIAL_DELTA_CLAMP = (None, math.log(100000.0 / 16))
 MMDET_DELTA_CLAMP = (-math.log(1000.0 / 16), math.log(1000.0 / 16))
 
 _CHOICES = {
-    "proposal_init": ("image", "center", "grid", "random"),
+    "proposal_init": ("image", "center", "grid", "random", "tiles"),
     "interaction": ("dynamic", "concat", "plain"),
     "classification": ("focal", "softmax"),
     "level_rule": ("detectron2", "mmdet"),
@@ -43,7 +43,8 @@ class SparseRCNNConfig:
         num_cls_layers, num_reg_layers: hidden layers of the class and the box tower.
         pooler_resolution, sampling_ratio: RoIAlign bins a side, and samples a side of each bin.
         proposal_init: initial proposal boxes (table 6 of the paper): ``image`` (whole image), ``center``
-            (0.1 of the image, in its middle), ``grid``, ``random`` (centre and size from a normal distribution).
+            (0.1 of the image, in its middle), ``grid``, ``random`` (centre and size from a normal distribution); or
+            ``tiles`` of several sizes (see :func:`~sparse_rcnn.models.proposals.initial_boxes`), for few images.
         self_attention: attention among the proposals of an image before the interaction (table 3).
         interaction: ``dynamic`` (section 3.2), ``concat`` (proposal feature concatenated to the RoI feature) or
             ``plain`` (boxes refined by RoI features alone, as in a cascade), the rows of table 3.
@@ -65,6 +66,9 @@ class SparseRCNNConfig:
         match_iou: in training a proposal that is nobody's match, and overlaps a box with at least this IoU, is a
             further match of that box, above 0 to 1. None, the paper's way, is one match a box; it is for few images,
             with ``nms`` and focal classification.
+        denoising: proposals an image that training adds, noisy copies of the targets for the head to mend or to refuse
+            (see :func:`~sparse_rcnn.losses.denoising.noisy_proposals`); 0, the paper's way, is none. The trained
+            detector has no trace of them.
 
     Raises:
         ValueError: a field has a value that no detector can be built from.
@@ -103,6 +107,7 @@ class SparseRCNNConfig:
     focal_gamma: float = 2.0
     no_object_weight: float = 0.1
     match_iou: float | None = None
+    denoising: int = 0
 
     def __post_init__(self) -> None:
         for field in ("class_names", "delta_clamp", "pixel_mean", "pixel_std"):  # JSON has lists only
@@ -116,6 +121,9 @@ class SparseRCNNConfig:
             _check_integer(field, getattr(self, field), minimum=1)
         for field in ("num_cls_layers", "num_reg_layers"):
             _check_integer(field, getattr(self, field), minimum=0)
+        _check_integer("denoising", self.denoising, minimum=0)
+        if self.denoising == 1:
+            raise ValueError("denoising: expected 0, or at least 2 proposals, got 1")
         for field in ("nms", "match_iou"):
             value = getattr(self, field)
             if value is not None:

@@ -30,6 +30,7 @@ class DynamicHead(nn.Module):
 
     def __init__(self, config: SparseRCNNConfig, strides: Sequence[int]) -> None:
         super().__init__()
+        self.num_heads = config.num_heads
         self.stages = nn.ModuleList(Stage(config, strides) for _ in range(config.num_stages))
         self.reset_parameters()
 
@@ -41,13 +42,16 @@ class DynamicHead(nn.Module):
         for stage in self.stages:
             nn.init.constant_(stage.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, proposal_features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Sequence[Tensor], boxes: Tensor, proposal_features: Tensor, forbidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Refine the proposals.
 
         Args:
             features: L maps [B, C, Hl, Wl], finest first.
             boxes: [B, N, 4] xyxy in pixels of the padded batch.
             proposal_features: [B, N, C].
+            forbidden: bool [B, N, N], whom each proposal may not attend to; None forbids nothing.
 
         Returns:
             logits [S, B, N, K] and boxes [S, B, N, 4] of every stage. Boxes are not clipped.
@@ -56,9 +60,11 @@ class DynamicHead(nn.Module):
         layout = torch.contiguous_format if _trains_officially() else torch.channels_last
         features = [feature.contiguous(memory_format=layout) for feature in features]
         features = ops.share_gradients(features)
+        if forbidden is not None:
+            forbidden = forbidden.repeat_interleave(self.num_heads, dim=0)  # as the attention has images and heads
         all_logits, all_boxes = [], []
         for stage in self.stages:
-            logits, boxes, proposal_features = stage(features, boxes, proposal_features)
+            logits, boxes, proposal_features = stage(features, boxes, proposal_features, forbidden)
             all_logits.append(logits)
             all_boxes.append(boxes)
             # A stage's boxes learn from its own loss; only the initial ones learn through the first stage.
@@ -89,18 +95,27 @@ class Stage(nn.Module):
         self.class_logits = Linear(C, config.num_classes + (config.classification == "softmax"))
         self.bboxes_delta = Linear(C, 4)
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, features: Sequence[Tensor], boxes: Tensor, x: Tensor, forbidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One refinement: boxes [B, N, 4] and proposal features x [B, N, C] in; logits, boxes, features out."""
         if self.attends:
             x = x.transpose(0, 1)  # [N, B, C], as the attention computes
-            # With its weights returned, the attention is not of a fused operator.
-            attended, _ = self.self_attn(x, x, x, need_weights=_trains_officially())
-            x = _add_norm(self.norm1, attended, x).transpose(0, 1).contiguous()
+            x = _add_norm(self.norm1, self._attend(x, forbidden), x).transpose(0, 1).contiguous()
         x = _add_norm(self.norm2, self.inst_interact(features, boxes, x), x if self.inst_interact.residual else None)
         x = _add_norm(self.norm3, self.linear2(F.relu(self.linear1(x))), x)
         rows = x.flatten(0, 1)  # [B * N, C]
         logits = self.class_logits(_run_tower(self.cls_module, rows))
         return logits.view(*x.shape[:2], -1), self._refine(rows, boxes), x
+
+    def _attend(self, x: Tensor, forbidden: Tensor | None) -> Tensor:
+        """What the proposals x [N, B, C] gather from each other."""
+        # A CPU's fused attention is slower in bfloat16 than in float32, with narrow heads several times.
+        widened = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not is_reference()
+        with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
+            x = x.float() if widened else x
+            # With its weights returned, the attention is not of a fused operator.
+            return self.self_attn(x, x, x, need_weights=_trains_officially(), attn_mask=forbidden)[0]
 
     def _refine(self, x: Tensor, boxes: Tensor) -> Tensor:
         """The box tower on x [B * N, C], and the boxes [B, N, 4] that its deltas make of ``boxes``."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rcnn.losses import HungarianMatcher, SetCriterion, pack_targets
+from sparse_rcnn.losses.denoising import NoisyProposals, noisy_proposals
 from sparse_rcnn.models import proposals
 from sparse_rcnn.models.backbone import STRIDES, BackboneWithFPN
 from sparse_rcnn.models.batch import Batch, PaddedShape, normalize_pixels, pad_images
@@ -135,7 +136,8 @@ class SparseRCNN(nn.Module):
 
         Returns:
             In training the weighted losses (``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last stage, and with
-            ``_0``, ``_1``... of the others); their sum is to be minimised. In evaluation a dict an image: ``boxes``
+            ``_0``, ``_1``... of the others; with ``config.denoising`` the same names with ``_dn``); their sum is to be
+            minimised. In evaluation a dict an image: ``boxes``
             [n, 4] float32 xyxy clipped to the image, ``scores`` [n] descending, ``labels`` [n], and ``proposals``
             [n], the proposal that each detection is.
 
@@ -148,8 +150,14 @@ class SparseRCNN(nn.Module):
             return StageOutputs(logits, boxes, initial, detections, {}) if return_stages else detections
         batch = images if isinstance(images, Batch) else self.prepare(images, targets)
         batch = batch.to(self.init_proposal_boxes.weight.device)
-        logits, boxes, initial = self._stages(self._scale(batch.pixels, batch.sizes), batch.sizes)
+        pixels = self._scale(batch.pixels, batch.sizes)
+        logits, boxes, initial = self._stages(pixels, batch.sizes, batch.noisy)
+        N = self.config.num_proposals
+        further = logits[:, :, N:], boxes[:, :, N:]
+        logits, boxes = (outputs[:, :, :N].contiguous() for outputs in (logits, boxes))
         losses = self.criterion(logits, boxes, batch.targets, batch.sizes)
+        if batch.noisy is not None:
+            losses |= self.criterion.denoising(*further, batch.noisy.targets, batch.targets, batch.sizes)
         return StageOutputs(logits, boxes, initial, [], losses) if return_stages else losses
 
     def prepare(
@@ -176,7 +184,9 @@ class SparseRCNN(nn.Module):
         if len(targets) != len(images):
             raise ValueError(f"targets: expected {len(images)}, one an image, got {len(targets)}")
         columns, pin_memory = 0 if shape is None else shape.boxes, self.init_proposal_boxes.weight.is_cuda
-        return Batch(pixels, sizes, pack_targets(targets, self.config.num_classes, sizes, columns, pin_memory))
+        packed = pack_targets(targets, self.config.num_classes, sizes, columns, pin_memory)
+        count, learned = self.config.denoising, self.config.num_proposals
+        return Batch(pixels, sizes, packed, noisy_proposals(packed, sizes, count, learned) if count else None)
 
     def _pad(self, images: Sequence[Tensor], shape: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         weight = self.init_proposal_boxes.weight
@@ -194,11 +204,21 @@ class SparseRCNN(nn.Module):
         batch = normalize_pixels(pixels, sizes, self.config.pixel_mean, self.config.pixel_std)
         return batch.to(self.init_proposal_boxes.weight.dtype)
 
-    def _stages(self, batch: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [S, B, N, K] and boxes [S, B, N, 4] of every stage, and the learned boxes [B, N, 4] before them."""
+    def _stages(
+        self, batch: Tensor, sizes: Tensor, noisy: NoisyProposals | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [S, B, N, K] and boxes [S, B, N, 4] of every stage, and the learned boxes [B, N, 4] before them.
+
+        With ``noisy`` its D proposals come after the N learned ones in the first two.
+        """
         boxes = proposals.to_pixels(self.init_proposal_boxes.weight.to(sizes.dtype), sizes)
         features = self.init_proposal_features.weight.expand(len(sizes), -1, -1)  # [B, N, C]
-        logits, stage_boxes = self.head(self.backbone(batch), boxes, features)
+        given, forbidden = boxes, None
+        if noisy is not None:
+            given = torch.cat([boxes, noisy.boxes], dim=1)
+            features = torch.cat([features, self.init_proposal_features(noisy.features)], dim=1)
+            forbidden = noisy.forbidden(boxes.shape[1])
+        logits, stage_boxes = self.head(self.backbone(batch), given, features, forbidden)
         # To float32 at least, under autocast.
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), stage_boxes, boxes
 

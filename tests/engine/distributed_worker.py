@@ -37,6 +37,7 @@ STEPS = {
     "no boxes": ({}, (0, 0, 0, 0)),
     "softmax": ({"classification": "softmax"}, (3, 9, 0, 5)),
     "last stage": ({"deep_supervision": False}, (3, 1, 0, 5)),
+    "denoising": ({"denoising": 12}, (3, 1, 0, 5)),
     "concat": ({"interaction": "concat"}, (3, 1, 2, 5)),
     # Of the same boxes, without features, it would be left to rounding which proposal is matched.
     "no features": ({"interaction": "plain", "proposal_init": "random"}, (3, 1, 2, 5)),

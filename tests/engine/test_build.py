@@ -6,6 +6,7 @@ import torch
 from sparse_rcnn import SparseRCNN, SparseRCNNConfig
 from sparse_rcnn.engine.build import build_model
 from sparse_rcnn.engine.trainer import Trainer
+from sparse_rcnn.models.proposals import initial_boxes
 from sparse_rcnn.weights import export_checkpoint
 
 
@@ -110,6 +111,19 @@ def test_proposals_are_dropped_or_added_and_classes_replaced_in_any_format(
     if count > kept:
         assert 0.7 < features.std() < 1.3 and len(features.unique()) == features.numel()
     rest = [{k: v for k, v in other_layers(m).items() if k not in PROPOSALS} for m in (model, source)]
+    assert all(equal(*rest))
+
+
+def test_another_kind_of_initial_boxes_starts_all_proposals_anew(checkpoint, tiny_config):
+    folder, source = checkpoint
+    trained_proposals(source)
+    source.save_pretrained(folder)
+    model, notes = fine_tune(tiny_config, folder, ("cat", "dog", "cow"), num_proposals=14, proposal_init="tiles")
+    assert notes[1:] == ["proposals: all 14 start anew (tiles boxes, random features)"]
+    assert torch.equal(model.init_proposal_boxes.weight, initial_boxes("tiles", 14))
+    both = model.init_proposal_features.weight[:10], source.init_proposal_features.weight
+    assert (both[0] - both[1]).abs().mean() > 0.5
+    rest = [{k: v for k, v in m.state_dict().items() if k not in PROPOSALS} for m in (model, source)]
     assert all(equal(*rest))
 
 

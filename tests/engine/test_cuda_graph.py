@@ -116,10 +116,10 @@ def batches_of(model, plan):
         yield model.prepare(images, targets, buckets.shape(images, targets))
 
 
-def assert_steps_equal(plan, bfloat16=False, **options) -> tuple[Rerun, list[str]]:
+def assert_steps_equal(plan, bfloat16=False, config=None, **options) -> tuple[Rerun, list[str]]:
     """The graphed step on every batch of the plan against the plain one on the same padded batch, bit for bit."""
-    plain = make_step(bfloat16)
-    step, capture, said = graphed(make_step(bfloat16), **options)
+    plain, captured = (make_step(bfloat16, **(config or {})) for _ in range(2))
+    step, capture, said = graphed(captured, **options)
     for number, batch in enumerate(batches_of(plain.model, plan)):
         for each in (plain, step.step):
             set_lr(each.optimizer, 1 / (number + 1))
@@ -140,6 +140,12 @@ def test_replays_equal_the_plain_step(bfloat16):
     capture, said = assert_steps_equal([(SMALL, count) for count in counts], bfloat16)
     assert (capture.runs, len(capture.captured), capture.replays) == (WARM_UP_STEPS, 1, len(counts) - WARM_UP_STEPS)
     assert said == []
+
+
+def test_noisy_proposals_are_of_the_batch_that_is_replayed():
+    plan = [(SMALL, count) for count in [(3, 1), (0, 7), (2, 2), (0, 0), (30, 4)]]
+    capture, _ = assert_steps_equal(plan, config={"denoising": 12})
+    assert capture.replays == 3
 
 
 def test_every_shape_has_a_graph_of_its_own():

@@ -68,6 +68,7 @@ VARIANTS = {
     "last stage": {"deep_supervision": False},
     "clamped": {"delta_clamp": (-4.0, 4.0), "level_rule": "mmdet"},
     "frozen": {"frozen_stages": 2},
+    "denoising": {"denoising": 12},
 }
 
 

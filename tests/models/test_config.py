@@ -21,6 +21,7 @@ CHANGED = SparseRCNNConfig(
     deep_supervision=False, backbone="resnet18", frozen_stages=0, level_rule="mmdet", delta_clamp=(-4.1, 4.1),
     pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0), min_size=100, max_size=200, nms=0.6, class_weight=1.0,
     l1_weight=3.0, giou_weight=4.0, focal_alpha=0.5, focal_gamma=1.0, no_object_weight=0.2, match_iou=0.7,
+    denoising=8,
 )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_integers_from_zero(field):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"proposal_init": "corner"}, "proposal_init: expected one of image, center, grid, random, got 'corner'"),
+        ({"proposal_init": "corner"}, "proposal_init: expected one of .*center, grid, random, tiles, got 'corner'"),
         ({"interaction": "static"}, "interaction: expected one of dynamic, concat, plain, got 'static'"),
         ({"classification": "sigmoid"}, "classification: expected one of focal, softmax, got 'sigmoid'"),
         ({"level_rule": "caffe"}, "level_rule: expected one of detectron2, mmdet, got 'caffe'"),
@@ -105,6 +106,8 @@ def test_integers_from_zero(field):
         ({"nms": 1.01}, "nms: expected above 0 and at most 1, got 1.01"),
         ({"nms": "no"}, "nms: expected a number, got 'no'"),
         ({"match_iou": 0.0}, "match_iou: expected above 0 and at most 1, got 0.0"),
+        ({"denoising": 1}, "denoising: expected 0, or at least 2 proposals, got 1"),
+        ({"denoising": -2}, "denoising: expected an integer >= 0, got -2"),
         ({"match_iou": True}, "match_iou: expected a number, got True"),
         ({"giou_weight": float("nan")}, "giou_weight: expected a number, got nan"),
         ({"self_attention": "no"}, "self_attention: expected true or false, got 'no'"),

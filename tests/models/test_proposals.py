@@ -45,8 +45,32 @@ def test_random_is_spread_inside_its_bounds_and_follows_the_seed():
     torch.testing.assert_close(boxes.std(0), torch.full((4,), 0.2), rtol=0, atol=0.03)
 
 
+def test_tiles_are_grids_of_several_sizes():
+    boxes = initial_boxes("tiles", 15)  # 3 x 3, 2 x 2, and the image for the rest
+    fine = initial_boxes("grid", 9) * torch.tensor([1, 1, 1.4, 1.4])
+    coarse = initial_boxes("grid", 4) * torch.tensor([1, 1, 1.4, 1.4])
+    torch.testing.assert_close(boxes, torch.cat([fine, coarse, initial_boxes("image", 2)]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 50, 100, 200, 300, 500])
+def test_tiles_of_every_size_cover_the_image_and_the_finest_are_as_many_as_fit(count):
+    boxes = initial_boxes("tiles", count)
+    assert boxes.shape == (count, 4) and boxes.max() <= 1
+    grids = {}
+    for x, y, width, height in boxes.tolist():
+        assert width == height
+        grids.setdefault(width, set()).add((x, y))
+    for size, centers in grids.items():
+        side = 1 if size == 1 else round(1.4 / size)
+        expected = [((i + 0.5) / side, (j + 0.5) / side) for i in range(side) for j in range(side)]
+        torch.testing.assert_close(torch.tensor(sorted(centers)), torch.tensor(expected))
+    whole = int((boxes[:, 2] == 1).sum())
+    finest = round(1.4 / min(grids)) if len(grids) > 1 else 1
+    assert whole - 1 < (finest + 1) ** 2
+
+
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="kind: expected image, center, grid or random, got 'corner'"):
+    with pytest.raises(ValueError, match="kind: expected image, center, grid, random or tiles, got 'corner'"):
         initial_boxes("corner", 3)
 
 
