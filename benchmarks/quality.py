@@ -111,8 +111,8 @@ def compare(options: argparse.Namespace) -> int:
         "environment": environment(),
         "val": {"images": len(dataset), "boxes": int(dataset.boxes.target.sum())},
         "detectors": {
-            OURS: _measure(ours, dataset, our_records) | {"nms": ours.config.nms},
-            PEER: _measure(peer, dataset, peer_records) | {"nms": peer.detector.roi_heads.nms_thresh},
+            OURS: _measure(ours, dataset, our_records) | {"nms": ours.config.nms, "votes": ours.config.votes},
+            PEER: _measure(peer, dataset, peer_records) | {"nms": peer.detector.roi_heads.nms_thresh, "votes": False},
         },
     }
     table = quality_table(report)
@@ -176,7 +176,8 @@ def quality_table(report: Mapping[str, Any]) -> str:
             for each in detectors.values()
         ]
         rows.append((f"{name}: AP / AP50", cells))
-    rows.append(("suppression of duplicates at IoU", [str(each["nms"] or "none") for each in detectors.values()]))
+    nms = [str(each["nms"] or "none") + (", with votes" if each["votes"] else "") for each in detectors.values()]
+    rows.append(("suppression of duplicates at IoU", nms))
     rows.append(("images trained on", [f"{each['trained_images']:,}" for each in detectors.values()]))
     rows.append(("parameters", [f"{each['parameters'] / 1e6:.1f} M" for each in detectors.values()]))
     slowest = min(each["images_per_second"] for each in detectors.values())

@@ -98,7 +98,7 @@ class Predictor:
             reads in this process. Those of the first stream begin at once, while the model is loaded.
         score_threshold, top_k, classes: which detections to keep, see :meth:`Detections.filter`. By default all N.
         nms: IoU of a class-wise suppression, see :meth:`Detections.nms`. None is the model's own (``config.nms``),
-            which is none if it follows the paper; 1 is none.
+            which is none if it follows the paper; 1 is none. With votes where the model has them (``config.votes``).
         optimize: run what ``SparseRCNN.optimize`` makes of the model, made again when its weights change; False runs
             the model itself, half types by autocast.
 
@@ -355,9 +355,9 @@ class Predictor:
             image=loaded.image if keep_image else None,
             **fields,
         )
-        found = found.filter(self.score_threshold, classes=self.classes)
-        found = found if self.nms is None else found.nms(self.nms)
-        return found if self.top_k is None else found.filter(top_k=self.top_k)
+        if self.nms is not None:  # first, for those of low score have votes
+            found = found.nms(self.nms, self.model.config.votes)
+        return found.filter(self.score_threshold, self.top_k, self.classes)
 
 
 @dataclass

@@ -89,8 +89,9 @@ def detect_augmented(model: nn.Module, image: Tensor, dtype: str = "float32") ->
     """Test-time augmentation: the detections of all :func:`tta_views`, merged.
 
     They are merged as detectron2 does it: put together, and of those of one class that overlap by more than an IoU of
-    0.65 the best stays. A proposal detector needs no suppression within a view; between views there is no other way to
-    tell that two detections are of one object.
+    0.65 the best stays, with the votes of the others where the model has them (``config.votes``). A proposal detector
+    needs no suppression within a view; between views there is no other way to tell that two detections are of one
+    object.
     """
     found = [detect(model, [image], view, dtype)[0][0] for view in tta_views(model)]
     merged = Detections(
@@ -100,4 +101,4 @@ def detect_augmented(model: nn.Module, image: Tensor, dtype: str = "float32") ->
         class_names=found[0].class_names,
         image_size=found[0].image_size,
     )
-    return merged.nms(_TTA_IOU).filter(top_k=model.config.num_proposals)
+    return merged.nms(_TTA_IOU, model.config.votes).filter(top_k=model.config.num_proposals)

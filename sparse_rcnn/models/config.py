@@ -60,6 +60,8 @@ class SparseRCNNConfig:
         min_size, max_size: the shorter side and the largest longer side of an image at test time, in pixels.
         nms: IoU of the class-wise suppression that ``Predictor`` applies where it is told no other, above 0 to 1. None,
             the paper's way, is none; it is for a model that has seen too few images to leave out duplicates itself.
+        votes: what that suppresses has a say in the score of what stays, see :meth:`Detections.nms`; for a model that
+            was trained with ``match_iou``.
         class_weight, l1_weight, giou_weight: weights of the losses, and of the same terms of the matching cost.
         focal_alpha, focal_gamma: of the focal loss and the focal matching cost.
         no_object_weight: weight of the "no object" class in the softmax loss (as in DETR).
@@ -100,6 +102,7 @@ class SparseRCNNConfig:
     min_size: int = 800
     max_size: int = 1333
     nms: float | None = None
+    votes: bool = False
     class_weight: float = 2.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
@@ -134,7 +137,7 @@ class SparseRCNNConfig:
             _check_integer("frozen_stages", self.frozen_stages, minimum=0)
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_dim {self.hidden_dim}, got {self.num_heads}")
-        for field in ("self_attention", "deep_supervision"):
+        for field in ("self_attention", "deep_supervision", "votes"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}: expected true or false, got {getattr(self, field)!r}")
         for field in _NUMBERS:

@@ -162,21 +162,24 @@ def test_the_table_is_of_both_runs(whole, scenes, tmp_path, capsys, monkeypatch)
 
 
 def test_the_table_and_the_curves_of_known_figures():
-    def figures(ap, speed, images, nms=None):
+    def figures(ap, speed, images, nms=None, votes=False):
         metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap, "APs": -1.0, "APm": 0.1, "APl": 0.2}
         curve = [[images // 2, 0.0, ap], [images, ap, 2 * ap]]
         classes = {"fish": {"AP": ap, "AP50": -1.0}}
         costs = {"parameters": 8_700_000, "trained_images": images, "images_per_second": speed}
-        return {"metrics": metrics, "per_class": classes, "curve": curve, "nms": nms, **costs}
+        return {"metrics": metrics, "per_class": classes, "curve": curve, "nms": nms, "votes": votes, **costs}
 
     env = {"commit": "0123456789", "dirty": False, "torch": "2.99", "processor": "A", "isa": "B", "threads": 2}
-    detectors = {"Sparse R-CNN": figures(0.31, 30.0, 48000), "Faster R-CNN-FPN": figures(0.3, 20.0, 24000, 0.5)}
+    detectors = {
+        "Sparse R-CNN": figures(0.31, 30.0, 48000, 0.6, True),
+        "Faster R-CNN-FPN": figures(0.3, 20.0, 24000, 0.5),
+    }
     report = {"detectors": detectors, "val": {"images": 127, "boxes": 909}, "environment": env}
     lines = quality.quality_table(report).splitlines()
     assert lines[:3] == ["| | Sparse R-CNN | Faster R-CNN-FPN |", "|---|---|---|", "| AP | 0.310 | 0.300 |"]
     for line in (
         *("| AP50 | 0.620 | 0.600 |", "| AP of small objects | – | – |", "| fish: AP / AP50 | 0.310 / – | 0.300 / – |"),
-        "| suppression of duplicates at IoU | none | 0.5 |",
+        "| suppression of duplicates at IoU | 0.6, with votes | 0.5 |",
         *("| images trained on | 48,000 | 24,000 |", "| speed of inference | 1.50x | 1.00x |"),
     ):
         assert line in lines

@@ -22,7 +22,8 @@ class Oracle(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(
-            class_names=class_names, num_classes=len(class_names or ()), min_size=min_size, max_size=max_size, nms=nms
+            **{"class_names": class_names, "num_classes": len(class_names or ()), "nms": nms, "votes": False},
+            **{"min_size": min_size, "max_size": max_size},
         )
         self.answers = iter(answers)
         self.seen = []

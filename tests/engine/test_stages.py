@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sparse_rcnn.data.formats import open_dataset
 from sparse_rcnn.data.synthetic import write_dataset
+from sparse_rcnn.detections import Detections
 from sparse_rcnn.engine.evaluator import evaluate
 from sparse_rcnn.engine.stages import evaluate_stages
 from sparse_rcnn.engine.views import View, detect, detect_augmented, tta_views
@@ -129,7 +131,7 @@ def test_a_mirrored_view_gives_boxes_of_the_upright_image(bundled, few_scenes):
         torch.testing.assert_close(torch.from_numpy(mirrored.scores), torch.from_numpy(expected.scores))
 
 
-def usual_views_are_six_and_their_detections_are_merged(bundled, few_scenes):
+def test_the_usual_views_are_six_and_their_detections_are_merged(bundled, few_scenes):
     config = bundled.config
     assert [(view.min_size / config.min_size, view.flip) for view in tta_views(bundled)] == [
         (pytest.approx(scale, abs=0.01), flip) for scale in (0.8, 1, 1.25) for flip in (False, True)
@@ -142,3 +144,13 @@ def usual_views_are_six_and_their_detections_are_merged(bundled, few_scenes):
     assert float(merged.scores[0]) == pytest.approx(best)
     result = evaluate(bundled, few_scenes, tta=True)
     assert result.metrics["AP50"] > 0.5
+    # Where the model lets what is suppressed vote, the detections of all views do.
+    views = [detect(bundled, [image], view)[0][0] for view in tta_views(bundled)]
+    arrays = (np.concatenate([getattr(one, name) for one in views]) for name in ("boxes", "scores", "labels"))
+    expected = Detections(*arrays, merged.class_names, merged.image_size).nms(0.65, votes=True).filter(top_k=50)
+    bundled.config = config.replace(votes=True)
+    voted = detect_augmented(bundled, image)
+    bundled.config = config
+    np.testing.assert_allclose(voted.scores, expected.scores, rtol=1e-5)
+    np.testing.assert_allclose(voted.boxes, expected.boxes, atol=1e-3)
+    assert voted.scores[0] > merged.scores[0]  # all six views are sure of the best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -129,6 +130,43 @@ def test_nms_equals_the_textbook(iou):
     expected = _greedy(found.boxes, found.scores, found.labels, iou)
     assert 3 < len(expected) < 80
     np.testing.assert_array_equal(found.nms(iou).boxes, found.boxes[expected])
+
+
+@pytest.mark.parametrize("iou", [0.1, 0.5, 0.7])
+def test_votes_equal_a_slow_search(iou):
+    random = np.random.default_rng(7)
+    corner, side = random.uniform(0, 40, (60, 2)), random.uniform(20, 30, (60, 2))
+    found = Detections(
+        np.hstack([corner, corner + side]), random.uniform(size=60), random.integers(0, 2, 60), NAMES, (100, 100),
+        source="a.jpg", proposal_index=np.arange(60),
+    )  # fmt: skip
+    expected = {}
+    for i in found.nms(iou).proposal_index:
+        support = 0.0
+        for j in range(60):
+            # Of two alone the second is suppressed where they are of one class and overlap enough.
+            pair = found[[i, j]] if found.scores[i] >= found.scores[j] else found[[j, i]]
+            support += float(found.scores[j]) if i == j or len(pair.nms(iou)) == 1 else 0.0
+        expected[int(i)] = 1 - np.exp(-found.scores[i] * np.sqrt(support))
+    voted = found.nms(iou, votes=True)
+    assert 3 < len(voted) < 55 and voted.source == "a.jpg"
+    assert voted.proposal_index.tolist() == sorted(expected, key=lambda i: -expected[i])
+    assert voted.proposal_index.tolist() != found.nms(iou).proposal_index.tolist()  # the order has changed
+    np.testing.assert_allclose(voted.scores, sorted(expected.values(), reverse=True), rtol=1e-5)
+    np.testing.assert_array_equal(voted.boxes, found.boxes[voted.proposal_index])
+
+
+def test_votes_of_a_known_case(found):
+    voted = found.nms(0.5, votes=True)
+    assert voted.labels.tolist() == [0, 2, 1]
+    expected = [1 - math.exp(-0.9 * math.sqrt(0.9 + 0.75)), 1 - math.exp(-(0.5**1.5)), 1 - math.exp(-(0.25**1.5))]
+    np.testing.assert_allclose(voted.scores, expected, rtol=1e-6)
+    # Where nothing is suppressed nobody votes.
+    np.testing.assert_array_equal(found.nms(1, votes=True).scores, found.scores)
+    # A box without area overlaps nothing, but it has its own vote.
+    point = Detections([[5, 5, 5, 5]], [0.25], [0], NAMES, (100, 100)).nms(0.5, votes=True)
+    np.testing.assert_allclose(point.scores, [1 - math.exp(-0.125)], rtol=1e-6)
+    assert len(found[[]].nms(0.5, votes=True)) == 0
 
 
 def test_coco_results(found):

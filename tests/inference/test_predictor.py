@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,14 @@ def test_selection(detector, pixels):
     detector.config = detector.config.replace(nms=None)
     # Suppression comes before the k best: the duplicate does not take a place.
     assert scores(nms=0.5, classes=["fish"], top_k=2) == [0.9]
+    # And where the model lets them vote, before the threshold: that of the duplicate counts, though it is below.
+    detector.config = detector.config.replace(nms=0.5, votes=True)
+    voted = round(1 - math.exp(-0.9 * math.sqrt(0.9 + 0.2)), 4)
+    assert scores(score_threshold=0.6) == [voted] and voted > 0.6 > 1 - math.exp(-(0.9**1.5))
+    assert scores(nms=0.6, classes=["fish"]) == [voted]
+    assert scores(nms=1.0) == [0.9, 0.8, 0.6, 0.2]
+    detector.config = detector.config.replace(nms=None)
+    assert scores() == [0.9, 0.8, 0.6, 0.2]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ CHANGED = SparseRCNNConfig(
     dim_feedforward=64, num_heads=4, num_cls_layers=0, num_reg_layers=1, pooler_resolution=5, sampling_ratio=1,
     proposal_init="grid", self_attention=False, interaction="concat", classification="softmax",
     deep_supervision=False, backbone="resnet18", frozen_stages=0, level_rule="mmdet", delta_clamp=(-4.1, 4.1),
-    pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0), min_size=100, max_size=200, nms=0.6, class_weight=1.0,
-    l1_weight=3.0, giou_weight=4.0, focal_alpha=0.5, focal_gamma=1.0, no_object_weight=0.2, match_iou=0.7,
-    denoising=8,
+    pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0), min_size=100, max_size=200, nms=0.6, votes=True,
+    class_weight=1.0, l1_weight=3.0, giou_weight=4.0, focal_alpha=0.5, focal_gamma=1.0, no_object_weight=0.2,
+    match_iou=0.7, denoising=8,
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_integers_from_zero(field):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"proposal_init": "corner"}, "proposal_init: expected one of .*center, grid, random, tiles, got 'corner'"),
+        ({"proposal_init": "edge"}, "proposal_init: expected one of image, center, grid, random, tiles, got 'edge'"),
         ({"interaction": "static"}, "interaction: expected one of dynamic, concat, plain, got 'static'"),
         ({"classification": "sigmoid"}, "classification: expected one of focal, softmax, got 'sigmoid'"),
         ({"level_rule": "caffe"}, "level_rule: expected one of detectron2, mmdet, got 'caffe'"),
@@ -111,6 +111,7 @@ def test_integers_from_zero(field):
         ({"match_iou": True}, "match_iou: expected a number, got True"),
         ({"giou_weight": float("nan")}, "giou_weight: expected a number, got nan"),
         ({"self_attention": "no"}, "self_attention: expected true or false, got 'no'"),
+        ({"votes": 1}, "votes: expected true or false, got 1"),
         ({"delta_clamp": ("a", 2.0)}, "delta_clamp: expected a number, got 'a'"),
         ({"num_classes": 1, "class_names": (7,)}, "class_names: expected a list of names"),
         ({"backbone": 50}, "backbone: expected a name, got 50"),
