@@ -213,8 +213,10 @@ class PeerTrainer:
 
     def _batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
         settings = self.settings
-        kind = {"paper": TrainTransform, "small": SmallDataTransform}[settings["augment"]]
-        transform = kind(settings["train_min_sizes"], settings["train_max_size"], flip=0.5)
+        sizes = settings["train_min_sizes"], settings["train_max_size"]
+        transform = TrainTransform(*sizes, flip=0.5)
+        if settings["augment"] == "small":
+            transform = SmallDataTransform(*sizes, flip=0.5, others=self.dataset)
         batches = train_batches(
             *(self.dataset, transform, settings["batch_size"], settings["seed"], self.step),
             group_shapes=settings["group_shapes"],

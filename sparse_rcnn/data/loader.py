@@ -169,10 +169,10 @@ class _Samples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict] | ImageError:
         position, index = key
-        try:
-            image, target = self.dataset[index]
-        except ImageError as error:
-            return error
         # The 1 keeps these streams apart from those of the epochs' orders.
         state = np.random.SeedSequence([self.seed, position, 1]).generate_state(1, dtype=np.uint64)
-        return self.transform(image, target, torch.Generator().manual_seed(int(state[0] >> 1)))
+        generator = torch.Generator().manual_seed(int(state[0] >> 1))
+        try:
+            return self.transform(*self.dataset[index], generator)
+        except ImageError as error:  # of this image or, from the transform, of another
+            return error

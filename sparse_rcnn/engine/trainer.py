@@ -276,7 +276,9 @@ class Trainer:
         crop = tuple(round(size * scale) for size in _PAPER_CROP) if config.crop else None
         transform = TrainTransform(min_sizes, config.max_size or test.max_size, flip=config.flip, crop=crop)
         if config.augment == "small":
-            transform = SmallDataTransform(min_sizes, config.max_size or test.max_size, flip=config.flip)
+            transform = SmallDataTransform(
+                min_sizes, config.max_size or test.max_size, flip=config.flip, others=self.dataset
+            )
         batches = train_batches(
             *(self.dataset, transform, config.batch_size, config.seed, self.step, config.workers),
             group_shapes=config.group_shapes,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_rcnn.data import augment
 from sparse_rcnn.data.augment import SmallDataTransform
 
 
@@ -20,15 +21,29 @@ def marked(height: int = 96, width: int = 140) -> tuple[torch.Tensor, dict]:
 
 
 def transform(**more) -> SmallDataTransform:
-    return SmallDataTransform(**{"min_sizes": (80, 100, 128), "max_size": 200, **more})
+    return SmallDataTransform(**{"min_sizes": (80, 100, 128), "max_size": 200, "others": [marked()], **more})
 
 
 @pytest.fixture
 def without_colours(monkeypatch):
-    """Colours say which rectangle is whose; they must stay to be looked at."""
+    """Colours say which rectangle is whose; they must stay to be looked at. Nor are there mosaics."""
+    monkeypatch.setattr(augment, "_MOSAICS", 0)
     made = transform()
     made.colours = torch.nn.Identity()
     return made
+
+
+class Numbered:
+    """Pictures of one colour each, which says their number, as their label does; the whole is their box."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, dict]:
+        size = (60 + 2 * number, 150 - number)
+        image = torch.full((3, *size), 5 * number, dtype=torch.uint8)
+        boxes = torch.tensor([[0.0, 0, size[1], size[0]]])
+        return image, {"boxes": boxes, "labels": torch.tensor([number]), "image_id": number, "size": size}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -71,6 +86,77 @@ def test_everything_happens_and_objects_get_smaller_and_larger(without_colours):
     assert min(scales) < 0.7 and max(scales) > 1.6
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_mosaic_is_the_image_and_three_others_about_a_point(monkeypatch, seed):
+    monkeypatch.setattr(augment, "_MOSAICS", 1)
+    monkeypatch.setattr(augment, "_SEEN", 0)
+    given, small = Numbered(), transform(min_sizes=(120, 200), max_size=400, others=Numbered())
+    small.colours = torch.nn.Identity()
+    image, new = small(*given[7], generator(seed))
+    assert image.dtype == torch.uint8 and image.shape == (3, 200, round(200 / 74 * 143))  # at the largest size
+    assert new["image_id"] == 7 and new["size"] == (74, 143) and new["labels"].tolist()[0] == 7
+    x, y = new["boxes"][0, 2:].int().tolist()
+    height, width = image.shape[1:]
+    assert 0.29 < x / width < 0.71 and 0.29 < y / height < 0.71
+    quarters = [[0, 0, x, y], [x, 0, width, y], [0, y, x, height], [x, y, width, height]]
+    torch.testing.assert_close(new["boxes"], torch.tensor(quarters, dtype=torch.float32))
+    for (x0, y0, x1, y1), label in zip(quarters, new["labels"].tolist(), strict=True):
+        assert (image[:, y0:y1, x0:x1] == 5 * label).all()
+
+
+def test_mosaics_take_every_image_and_are_half_of_all(monkeypatch):
+    monkeypatch.setattr(augment, "_SEEN", 0)
+    small, taken, mosaics = transform(others=Numbered()), set(), 0
+    for seed in range(200):
+        _, new = small(*Numbered()[49], generator(seed))
+        taken |= set(new["labels"].tolist())
+        mosaics += bool(set(new["labels"].tolist()) - {49})
+    assert 80 < mosaics < 120 and len(taken) == 50
+
+
+@pytest.mark.parametrize("size", [(60, 60), (50, 90), (70, 30), (130, 40)])
+def test_a_window_shows_a_part_of_the_image_and_its_boxes(size):
+    """The image says in red and green where each of its pixels is, and so which window was taken."""
+    height, width = 120, 200
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([x, y, y]).to(torch.uint8)
+    boxes = torch.tensor([[10.0, 20, 60, 90], [100, 0, 120, 30], [150, 60, 200, 120], [0, 0, 200, 120]])
+    small, flips, zooms, left_out = transform(), 0, [], 0
+    for seed in range(60):
+        piece, new, labels = small._window(image, {"boxes": boxes, "labels": torch.arange(4)}, size, generator(seed))
+        assert piece.shape == (3, *size) and piece.dtype == torch.uint8
+        # Positions at a quarter and three quarters of the piece, where no border bends them.
+        near, far = (piece[:, size[0] * k // 4, size[1] * k // 4].float() for k in (1, 3))
+        apart = torch.tensor([size[1] * 3 // 4 - size[1] // 4, size[0] * 3 // 4 - size[0] // 4])
+        step = (far - near)[:2] / apart  # pixels of the image to one of the piece, negative where it is mirrored
+        flips += bool(step[0] < 0)
+        zooms.append(float(min(height / size[0], width / size[1]) / step[1]))
+        first = near[:2] + 0.5 - step * (torch.tensor([size[1] // 4, size[0] // 4]) + 0.5)
+        corners = ((boxes.view(4, 2, 2) - first) / step).view(4, 4)
+        x0, x1 = corners[:, ::2].aminmax(dim=1)
+        expected = torch.stack([x0, corners[:, 1], x1, corners[:, 3]], dim=1)
+        clipped = expected.clamp(min=0).minimum(torch.tensor([size[1], size[0]] * 2))
+        share = (clipped[:, 2:] - clipped[:, :2]).prod(1) / (expected[:, 2:] - expected[:, :2]).prod(1)
+        found = dict(zip(labels.tolist(), new, strict=True))
+        for label in range(4):
+            if label in found:
+                assert share[label] > 0.2 and (found[label] - clipped[label]).abs().max() < 3
+            else:
+                assert share[label] < 0.3
+                left_out += 1
+    assert 15 < flips < 45 and left_out > 20
+    assert 0.9 < min(zooms) < 1.2 and 1.7 < max(zooms) < 2.3
+
+
+def test_a_window_leaves_out_slivers():
+    """A box so thin that it has no width any more where it comes to lie in the canvas would end a training."""
+    image, labels = torch.zeros(3, 50, 50, dtype=torch.uint8), torch.arange(2)
+    boxes = torch.tensor([[20.0, 0, 20.0001, 50], [0, 0, 50, 50]])
+    for seed in range(10):
+        _, _, found = transform()._window(image, {"boxes": boxes, "labels": labels}, (50, 50), generator(seed))
+        assert 0 not in found.tolist()
+
+
 def test_all_randomness_comes_from_the_generator():
     image, target = marked()
     small, results = transform(), []
@@ -105,9 +191,10 @@ def test_small_images_panoramas_and_images_without_boxes(size):
     for boxes in (whole, whole[:0]):
         for seed in range(5):
             target = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
-            new_image, new = transform(min_sizes=(32,), max_size=64)(image, target, generator(seed))
+            small = transform(min_sizes=(32,), max_size=64, others=[(image, target)])
+            new_image, new = small(image, target, generator(seed))
             assert max(new_image.shape[1:]) <= 64 and new["boxes"].shape == (len(new["labels"]), 4)
-            assert len(new["labels"]) == len(boxes) or min(size) >= 16
+            assert bool(len(new["labels"])) == bool(len(boxes)) or min(size) >= 16
 
 
 def test_bad_arguments_are_named():

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sparse_rcnn.data.augment import SmallDataTransform
 from sparse_rcnn.data.dataset import DetectionDataset
 from sparse_rcnn.data.decode import ImageError
 from sparse_rcnn.data.formats import open_dataset
@@ -100,8 +101,12 @@ def test_an_undecodable_file_is_named(tmp_path, workers):
     path = tmp_path / "train.json"
     path.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
     (tmp_path / "train" / "2.png").write_bytes(b"junk")
+    dataset = open_dataset(path, "train")
     with pytest.raises(ImageError, match=r"^[^\n]*2\.png: not an image of a known format$"):
-        take(2, open_dataset(path, "train"), TRANSFORM, 2, seed=0, workers=workers)
+        take(2, dataset, TRANSFORM, 2, seed=0, workers=workers)
+    mosaics = SmallDataTransform((48,), 80, others=dataset)
+    with pytest.raises(ImageError, match=r"^[^\n]*2\.png: not an image of a known format$"):
+        take(20, [dataset[0], dataset[1]], mosaics, 2, seed=0, workers=workers)
 
 
 @pytest.mark.parametrize(
