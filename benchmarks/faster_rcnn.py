@@ -215,8 +215,8 @@ class PeerTrainer:
         settings = self.settings
         sizes = settings["train_min_sizes"], settings["train_max_size"]
         transform = TrainTransform(*sizes, flip=0.5)
-        if settings["augment"] == "small":
-            transform = SmallDataTransform(*sizes, flip=0.5, others=self.dataset)
+        if settings["augment"] != "paper":
+            transform = SmallDataTransform(*sizes, 0.5, self.dataset if settings["augment"] == "mosaic" else None)
         batches = train_batches(
             *(self.dataset, transform, settings["batch_size"], settings["seed"], self.step),
             group_shapes=settings["group_shapes"],

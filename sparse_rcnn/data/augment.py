@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from sparse_rcnn.data.transforms import TrainTransform, crop_boxes, flip_boxes, network_size, resize, resize_boxes
 
 _FILL = (124, 116, 104)  # the pixel mean: padding that the network takes for nothing
 _ZOOM_OUT = (1.0, 2.0)
 _SMALLEST = 16  # pixels of the shorter side, below which nothing is cropped or put together
-_MOSAICS = 0.5  # share of the images
+_MOSAICS = 0.5  # share of the images, where there are any
 _CUT = (0.3, 0.7)  # where a mosaic is divided, of its sides
 _ZOOM_IN = 2.0
 _SEEN = 0.25  # of a box's area, below which a mosaic leaves it out
@@ -22,18 +23,20 @@ _THINNEST = 1.0  # pixels of the image as it is stored: torchvision's limit, by 
 
 
 class SmallDataTransform:
-    """Mosaics of four images; of the others zoom-out and crops that keep boxes; flip, multi-scale resize, colours.
+    """Zoom-out, crops that keep boxes, flip, multi-scale resize and colour jitter, and if wanted mosaics.
 
-    Half of the images become mosaics (of YOLOv4, Bochkovskiy et al. 2020, section 3.3): the image and three others fill
-    the quarters of a canvas that is divided at random, each with a window of its own. The others go through
-    torchvision's recipe for SSD: with probability 0.3 the image is put on a canvas of up to twice its sides (objects
-    get smaller); a crop whose IoU with some box is at least 0, 0.1, 0.3, 0.5, 0.7 or 0.9, or none (objects get larger;
-    boxes whose centre is cut off go); flip and resize as in :class:`TrainTransform`. At last, since at network size it
-    is the cheaper, brightness, contrast, saturation and hue change with probability 0.5 each.
+    It is torchvision's recipe for SSD: with probability 0.3 the image is put on a canvas of up to twice its sides
+    (objects get smaller); a crop whose IoU with some box is at least 0, 0.1, 0.3, 0.5, 0.7 or 0.9, or none (objects get
+    larger; boxes whose centre is cut off go); flip and resize as in :class:`TrainTransform`. At last, since at network
+    size it is the cheaper, brightness, contrast, saturation and hue change with probability 0.5 each.
+
+    With ``others`` half of the images become mosaics instead (of YOLOv4, Bochkovskiy et al. 2020, section 3.3), but for
+    the colours: the image and three of the others fill the quarters of a canvas that is divided at random, each with a
+    window of its own.
 
     Args:
         min_sizes, max_size, flip: as in :class:`TrainTransform`.
-        others: the data set that mosaics take images of.
+        others: the data set that mosaics take images of; None is no mosaics.
     """
 
     def __init__(
@@ -41,8 +44,7 @@ class SmallDataTransform:
         min_sizes: Sequence[int],
         max_size: int,
         flip: float = 0.5,
-        *,
-        others: Sequence[tuple[Tensor, dict[str, Any]]],
+        others: Dataset | None = None,
     ) -> None:
         from torchvision.transforms import v2
 
@@ -63,7 +65,7 @@ class SmallDataTransform:
             ImageError: another image, for a mosaic, cannot be decoded.
         """
         size = network_size(*image.shape[1:], max(self.resize.min_sizes), self.resize.max_size)
-        if torch.rand((), generator=generator) < _MOSAICS and min(size) >= _SMALLEST:
+        if self.others is not None and torch.rand((), generator=generator) < _MOSAICS and min(size) >= _SMALLEST:
             image, target = self._mosaic(image, target, size, generator)
         else:
             image, target = self._single(image, target, generator)

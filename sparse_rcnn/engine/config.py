@@ -61,7 +61,7 @@ class TrainConfig:
     min_sizes: tuple[int, ...] | None = _option(None, "shorter sides to draw from; default 0.6 to 1 of the test size")
     max_size: int | None = _option(None, "largest longer side; default that of the test size")
     seed: int = _option(0, "seed of initialisation, data order and augmentation")
-    augment: str = _option("paper", "paper (flip, multi-scale, and crop if asked for) or small, for few images")
+    augment: str = _option("paper", "paper (flip, multi-scale, crop if asked for), or for few images small or mosaic")
     group_shapes: bool = _option(False, "batches of wide images and batches of tall ones, which need less padding")
     workers: int = _option(0, "loader processes of each training process")
     cache_mb: int = _option(0, "megabytes of decoded images that each training process keeps, which its workers share")
@@ -105,10 +105,10 @@ class TrainConfig:
             raise ValueError(f"flip: expected a probability, got {self.flip}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
-        if self.augment not in ("paper", "small"):
-            raise ValueError(f"augment: expected paper or small, got {self.augment!r}")
-        if self.augment == "small" and self.crop:
-            raise ValueError("crop: expected False with augment small, which has crops of its own")
+        if self.augment not in ("paper", "small", "mosaic"):
+            raise ValueError(f"augment: expected paper, small or mosaic, got {self.augment!r}")
+        if self.augment != "paper" and self.crop:
+            raise ValueError(f"crop: expected False with augment {self.augment}, which has crops of its own")
         if self.min_sizes is not None and (not self.min_sizes or min(self.min_sizes) < 1):
             raise ValueError(f"min_sizes: expected positive sizes, got {self.min_sizes}")
 

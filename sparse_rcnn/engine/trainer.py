@@ -275,10 +275,9 @@ class Trainer:
         min_sizes = config.min_sizes or tuple(round(size * scale) for size in _PAPER_MIN_SIZES)
         crop = tuple(round(size * scale) for size in _PAPER_CROP) if config.crop else None
         transform = TrainTransform(min_sizes, config.max_size or test.max_size, flip=config.flip, crop=crop)
-        if config.augment == "small":
-            transform = SmallDataTransform(
-                min_sizes, config.max_size or test.max_size, flip=config.flip, others=self.dataset
-            )
+        if config.augment != "paper":
+            others = self.dataset if config.augment == "mosaic" else None
+            transform = SmallDataTransform(min_sizes, config.max_size or test.max_size, config.flip, others)
         batches = train_batches(
             *(self.dataset, transform, config.batch_size, config.seed, self.step, config.workers),
             group_shapes=config.group_shapes,

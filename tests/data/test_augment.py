@@ -21,13 +21,12 @@ def marked(height: int = 96, width: int = 140) -> tuple[torch.Tensor, dict]:
 
 
 def transform(**more) -> SmallDataTransform:
-    return SmallDataTransform(**{"min_sizes": (80, 100, 128), "max_size": 200, "others": [marked()], **more})
+    return SmallDataTransform(**{"min_sizes": (80, 100, 128), "max_size": 200, **more})
 
 
 @pytest.fixture
-def without_colours(monkeypatch):
-    """Colours say which rectangle is whose; they must stay to be looked at. Nor are there mosaics."""
-    monkeypatch.setattr(augment, "_MOSAICS", 0)
+def without_colours():
+    """Colours say which rectangle is whose; they must stay to be looked at."""
     made = transform()
     made.colours = torch.nn.Identity()
     return made
@@ -157,9 +156,10 @@ def test_a_window_leaves_out_slivers():
         assert 0 not in found.tolist()
 
 
-def test_all_randomness_comes_from_the_generator():
+@pytest.mark.parametrize("others", [None, Numbered()])
+def test_all_randomness_comes_from_the_generator(others):
     image, target = marked()
-    small, results = transform(), []
+    small, results = transform(others=others), []
     for seed in (3, 3, 4, 5, 6):
         state = torch.get_rng_state()
         results.append(small(image, target, generator(seed)))
@@ -185,16 +185,18 @@ def test_colours_change_and_the_boxes_do_not():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (40, 40), (15, 900)])
-def test_small_images_panoramas_and_images_without_boxes(size):
+@pytest.mark.parametrize("mosaics", [False, True])
+def test_small_images_panoramas_and_images_without_boxes(size, mosaics):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator(0))
     whole = torch.tensor([[0.0, 0, size[1], size[0]]])
     for boxes in (whole, whole[:0]):
         for seed in range(5):
             target = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
-            small = transform(min_sizes=(32,), max_size=64, others=[(image, target)])
+            small = transform(min_sizes=(32,), max_size=64, others=[(image, target)] if mosaics else None)
             new_image, new = small(image, target, generator(seed))
             assert max(new_image.shape[1:]) <= 64 and new["boxes"].shape == (len(new["labels"]), 4)
             assert bool(len(new["labels"])) == bool(len(boxes)) or min(size) >= 16
+            assert mosaics or len(new["labels"]) <= len(boxes)
 
 
 def test_bad_arguments_are_named():

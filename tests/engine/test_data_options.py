@@ -45,13 +45,16 @@ def test_neither_cache_nor_workers_change_the_losses(scenes, tiny_config, tmp_pa
     assert losses_of(tiny_config(output=str(tmp_path / "cached"), steps=4, cache_mb=1, workers=2)) == plain
 
 
-def test_grouping_and_augmentation_resume_exactly(tiny_config, tmp_path):
-    options = {"group_shapes": True, "augment": "small"}
+@pytest.mark.parametrize("augment", ["small", "mosaic"])
+def test_grouping_and_augmentation_resume_exactly(tiny_config, tmp_path, augment):
+    options = {"group_shapes": True, "augment": augment}
     whole = losses_of(tiny_config(output=str(tmp_path / "whole"), steps=4, **options))
     parts = str(tmp_path / "parts")
     losses_of(tiny_config(output=parts, steps=2, **options))
     assert losses_of(tiny_config(output=parts, steps=4, resume=True, workers=2, **options)) == whole
-    assert losses_of(tiny_config(output=str(tmp_path / "paper"), steps=2)) != whole[:2]
+    for other in {"paper", "small", "mosaic"} - {augment}:
+        others = {**options, "augment": other}
+        assert losses_of(tiny_config(output=str(tmp_path / other), steps=2, **others)) != whole[:2]
 
 
 def test_evaluate_reads_every_format_and_scores_it_the_same(copies, tiny_config, tmp_path, capsys):
@@ -131,10 +134,11 @@ def test_evaluate_refuses_a_split_with_images_missing(spoilt, capsys):
 
 
 def test_options_that_do_not_go_together_are_named():
-    with pytest.raises(ValueError, match="augment: expected paper or small, got 'mosaic'"):
-        TrainConfig(data="d", output="o", augment="mosaic")
-    with pytest.raises(ValueError, match="crop: expected False with augment small"):
-        TrainConfig(data="d", output="o", augment="small", crop=True)
+    with pytest.raises(ValueError, match="augment: expected paper, small or mosaic, got 'large'"):
+        TrainConfig(data="d", output="o", augment="large")
+    for augment in ("small", "mosaic"):
+        with pytest.raises(ValueError, match=f"crop: expected False with augment {augment}"):
+            TrainConfig(data="d", output="o", augment=augment, crop=True)
     with pytest.raises(ValueError, match="cache_mb: expected at least 0, got -1"):
         TrainConfig(data="d", output="o", cache_mb=-1)
 
