@@ -337,7 +337,10 @@ def _every(interval: int, step: int) -> bool:
 
 
 class _Stop:
-    """Turns SIGTERM, SIGINT and a time limit into a request to stop after the step; the second signal is not held."""
+    """Turns SIGTERM, SIGINT and a time limit into a request to stop after the step; a second SIGINT is not held.
+
+    A second SIGTERM is: what ends a job sends it to all processes, and torchrun passes its own on to them.
+    """
 
     def __init__(self, minutes: float | None) -> None:
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -361,4 +364,5 @@ class _Stop:
 
     def _handle(self, number: int, frame: object) -> None:
         self.signal = number
-        signal.signal(number, self.previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.previous[number])

@@ -2,6 +2,7 @@
 
 torchrun ... -m tests.engine.distributed_worker everything FOLDER SCENES
 torchrun ... -m tests.engine.distributed_worker train [--die RANK:STEP ...] -- ARGUMENTS OF sparse_rcnn.train
+torchrun ... -m tests.engine.distributed_worker end RANK:STEP -- ARGUMENTS OF sparse_rcnn.train
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -134,9 +136,26 @@ def train_and_die(arguments: list[str]) -> int:
     return train.main(arguments[cut + 1 :])
 
 
+def train_and_end(when: str, arguments: list[str]) -> int:
+    """Train; in step STEP process RANK and the launcher get SIGTERM, which the launcher passes on to both."""
+    train_step = Trainer.train_step
+
+    def ending(trainer: Trainer, *batch) -> None:
+        if when == f"{distributed.rank()}:{trainer.step + 1}":
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(2)  # until the launcher's has come
+        train_step(trainer, *batch)
+
+    Trainer.train_step = ending
+    return train.main(arguments)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "everything":
         everything(Path(sys.argv[2]), sys.argv[3])
+    elif sys.argv[1] == "end":
+        sys.exit(train_and_end(sys.argv[2], sys.argv[4:]))
     else:
         sys.exit(train_and_die(sys.argv[2:]))

@@ -167,6 +167,15 @@ def test_killed_processes_are_started_again_and_end_with_the_same_weights(two, a
     assert said(done.stderr) == 2 * ["another process of this run ended before its time"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_end_of_a_job_saves_where_a_process_gets_the_signal_twice(arguments, tmp_path, rank):
+    """As of a scheduler that sends SIGTERM to all processes, of which torchrun is one."""
+    done = torchrun("tests.engine.distributed_worker", "end", f"{rank}:2", "--", *arguments, "--checkpoint-every=0")
+    assert done.returncode != 0  # torchrun's, of the signal
+    assert "stopped after step 2 (SIGTERM); continue with --resume" in done.stdout and not said(done.stderr)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+
+
 def test_a_restart_does_not_overwrite_or_resume_an_older_run(arguments, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pt").write_bytes(b"precious")
