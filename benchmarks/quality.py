@@ -7,7 +7,8 @@
 ``train-peer`` trains the peer (see ``faster_rcnn.py``) on N images, an image counted each time; the same command
 continues a run that was stopped. Ours is the output folder of ``python -m sparse_rcnn.train``, or a file of weights
 with the log of all its runs beside it (``NAME.jsonl``, in which ``images`` counts on from run to run). ``table`` scores
-the best model of each on the validation split with pycocotools, and times both in this run.
+the best model of each on the validation split with pycocotools, says how far that split can tell them apart (see
+``bootstrap.py``), and times both in this run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.bootstrap import difference_intervals
 from benchmarks.environment import ROOT, environment, write_json
 from benchmarks.faster_rcnn import PeerTrainer, load_peer, peer_batch_size
 from benchmarks.report import made_by, update_readme
@@ -39,6 +41,7 @@ from sparse_rcnn.weights.atomic import atomic_write
 FIGURES = "benchmarks/results/quality_cpu.json"
 OURS, PEER = "Sparse R-CNN", "Faster R-CNN-FPN"
 _WARM_UP, _TIMED_IMAGES = 3, 30
+_DRAWS = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,13 +111,17 @@ def compare(options: argparse.Namespace) -> int:
     ours, our_records = load_ours(options.ours)
     peer = load_peer(options.peer, dataset.class_names)
     peer_records = _with_images(read_records(options.peer), peer_batch_size(options.peer))
+    env = environment()  # before the machine is busy
+    figures, found = _measure(ours, dataset, our_records)
+    peer_figures, peer_found = _measure(peer, dataset, peer_records)
     report = {
-        "environment": environment(),
+        "environment": env,
         "val": {"images": len(dataset), "boxes": int(dataset.boxes.target.sum())},
         "detectors": {
-            OURS: _measure(ours, dataset, our_records) | {"nms": ours.config.nms, "votes": ours.config.votes},
-            PEER: _measure(peer, dataset, peer_records) | {"nms": peer.detector.roi_heads.nms_thresh, "votes": False},
+            OURS: figures | {"nms": ours.config.nms, "votes": ours.config.votes},
+            PEER: peer_figures | {"nms": peer.detector.roi_heads.nms_thresh, "votes": False},
         },
+        "difference": {"draws": _DRAWS, **difference_intervals(dataset, found, peer_found, _DRAWS)},
     }
     table = quality_table(report)
     print(table)
@@ -141,10 +148,13 @@ def _with_images(records: Sequence[dict[str, Any]], batch_size: int) -> list[dic
     return [{**record, "images": record["step"] * batch_size} for record in records]
 
 
-def _measure(model: nn.Module, dataset: DetectionDataset, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _measure(
+    model: nn.Module, dataset: DetectionDataset, records: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of one detector, and what it found as COCO results."""
     result = evaluate(model, dataset, scorer="pycocotools", progress=True)
     curve = [[record["images"], record["AP"], record["AP50"]] for record in records if record["kind"] == "val"]
-    return {
+    figures = {
         "metrics": result.metrics,
         "per_class": result.per_class,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -152,6 +162,7 @@ def _measure(model: nn.Module, dataset: DetectionDataset, records: Sequence[dict
         "images_per_second": _speed(model, dataset),
         "curve": curve,
     }
+    return figures, result.detections
 
 
 def _speed(model: nn.Module, dataset: DetectionDataset) -> float:
@@ -189,7 +200,16 @@ def quality_table(report: Mapping[str, Any]) -> str:
     command = f"python -m benchmarks.quality table --ours FILE --peer PEER --val DIR --json {FIGURES} --readme"
     note = made_by(report["environment"], command)
     note[0] = f"{val['images']} validation images with {val['boxes']} boxes, scored by pycocotools. {note[0]}"
-    return "\n".join([*lines, "", *note])
+    return "\n".join([*lines, "", *_difference(report["difference"]), *note])
+
+
+def _difference(difference: Mapping[str, Any]) -> list[str]:
+    """What the validation split leaves open, in words."""
+    (low, high), (low50, high50) = (difference[name] for name in ("AP", "AP50"))
+    return [
+        f"In 95 % of {difference['draws']:,} draws of the images with replacement, the first's AP less the second's is",
+        f"{low:+.3f} to {high:+.3f}, that of AP50 {low50:+.3f} to {high50:+.3f}.",
+    ]
 
 
 def _ap(value: float) -> str:

@@ -130,6 +130,7 @@ def test_images_reach_the_network_at_the_size_they_come_in():
 def test_the_table_is_of_both_runs(whole, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "_TIMED_IMAGES", 1)
     monkeypatch.setattr(quality, "_WARM_UP", 1)
+    monkeypatch.setattr(quality, "_DRAWS", 20)
     monkeypatch.setattr(train, "try_report", lambda *arguments: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # for good, which other tests would see
     arguments = ["--data", scenes, "--val", scenes, "--output", str(tmp_path / "ours"), "--backbone", "resnet18"]
@@ -149,6 +150,8 @@ def test_the_table_is_of_both_runs(whole, scenes, tmp_path, capsys, monkeypatch)
     assert [point[0] for point in peer["curve"]] == [4, 8] and [point[0] for point in ours["curve"]] == [3]
     best = max(record["AP"] for record in records_of(whole.output) if record["kind"] == "val")
     assert peer["metrics"]["AP"] == pytest.approx(best, abs=1e-6)  # of the model that was kept, by the other scorer
+    low, high = report["difference"]["AP"]
+    assert report["difference"]["draws"] == 20 and low <= high
     assert quality.quality_table(report) in printed
     # A file with its log beside it is the same.
     SparseRCNN.from_pretrained(tmp_path / "ours" / "best").save_pretrained(tmp_path / "shipped")
@@ -174,7 +177,9 @@ def test_the_table_and_the_curves_of_known_figures():
         "Sparse R-CNN": figures(0.31, 30.0, 48000, 0.6, True),
         "Faster R-CNN-FPN": figures(0.3, 20.0, 24000, 0.5),
     }
-    report = {"detectors": detectors, "val": {"images": 127, "boxes": 909}, "environment": env}
+    difference = {"draws": 1000, "AP": (-0.005, 0.0333), "AP50": (-0.046, 0.0118)}
+    val = {"images": 127, "boxes": 909}
+    report = {"detectors": detectors, "val": val, "difference": difference, "environment": env}
     lines = quality.quality_table(report).splitlines()
     assert lines[:3] == ["| | Sparse R-CNN | Faster R-CNN-FPN |", "|---|---|---|", "| AP | 0.310 | 0.300 |"]
     for line in (
@@ -183,6 +188,8 @@ def test_the_table_and_the_curves_of_known_figures():
         *("| images trained on | 48,000 | 24,000 |", "| speed of inference | 1.50x | 1.00x |"),
     ):
         assert line in lines
+    assert lines[-4].startswith("In 95 % of 1,000 draws") and lines[-3].startswith("-0.005 to +0.033, ")
+    assert lines[-3].endswith(" -0.046 to +0.012.")
     assert lines[-2].startswith("127 validation images with 909 boxes, scored by pycocotools. Times in one run on A")
     svg = quality.curves(report)
     end = f"{WIDTH - RIGHT:.1f}"  # where the 48,000 images of ours are
