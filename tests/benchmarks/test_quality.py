@@ -164,6 +164,11 @@ def test_the_table_is_of_both_runs(whole, scenes, tmp_path, capsys, monkeypatch)
     assert "<svg" in files["curve"].read_text(encoding="utf-8")
 
 
+def test_the_readme_has_the_table_of_the_figures():
+    report = json.loads((quality.ROOT / quality.FIGURES).read_text(encoding="utf-8"))
+    assert quality.quality_table(report) in (quality.ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_table_and_the_curves_of_known_figures():
     def figures(ap, speed, images, nms=None, votes=False):
         metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap, "APs": -1.0, "APm": 0.1, "APl": 0.2}
